@@ -1,0 +1,188 @@
+"""Answer one sample with every cell: one prefill, all cells as rows of one batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from shadowkv_cli.config import FullSpec, MethodSpec, SparseSpec
+from shadowkv_cli.errors import ShadowKVError
+from shadowkv_cli.tasks.metrics import score
+from shadowkv_cli.tasks.rows import Sample
+from shadowkv_cli.tasks.tokenization import encode_prompt
+
+if TYPE_CHECKING:
+    from shadowkv_cli.model.loading import LoadedModel
+    from shadowkv_cli.model.session import Session
+
+Row = dict[str, Any]
+FULL = FullSpec()
+
+
+class Answerer:
+    """Answers samples; keeps the last session, since samples of one length can share it.
+
+    Attributes:
+        room: tokens that any answer may take, so that tasks of one length share a session.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        tokenizer: Any,
+        *,
+        backend: str,
+        room: int,
+        tokenizer_mismatch: bool = False,
+    ) -> None:
+        self.loaded = loaded
+        self.tokenizer = tokenizer
+        self.backend = backend
+        self.room = room
+        self.tokenizer_mismatch = tokenizer_mismatch
+        self.backends_used: set[str] = set()
+        self._key: tuple[object, ...] = ()
+        self._session: Session | None = None
+
+    def _session_for(self, specs: Sequence[MethodSpec], prompt_tokens: int) -> Session:
+        from shadowkv_cli.model.session import Session
+
+        key = (*specs, prompt_tokens)
+        if self._session is None or key != self._key:
+            self._session = None  # free the old one first
+            self._session = Session(
+                self.loaded,
+                specs,
+                prompt_tokens=prompt_tokens,
+                new_tokens=self.room,
+                backend=self.backend,
+            )
+            self._key = key
+        return self._session
+
+    def answer(
+        self, sample: Sample, specs: Sequence[MethodSpec], first_pass: int
+    ) -> tuple[list[Row], int]:
+        """Decode every cell and score it.
+
+        A cell that fails gets a row with its error, and the sample runs again without it. Where it
+        is not clear which of several cells failed, each runs in a pass of its own beside full
+        attention, if that was asked for.
+
+        Args:
+            first_pass: number of the first prefill.
+
+        Returns:
+            One row a cell (and rows of full attention of further passes, their pairs), and the
+            number of tokens that were generated.
+
+        Raises:
+            ShadowKVError: full attention itself fails.
+        """
+        from shadowkv_cli.model.session import MethodFailure
+
+        ids = encode_prompt(self.tokenizer, sample.text)
+        if len(ids) != sample.prompt_tokens and not self.tokenizer_mismatch:
+            raise ShadowKVError(
+                f"{sample.id} has {len(ids)} tokens but its row says {sample.prompt_tokens}: "
+                "build the data again with this version of the tokenizer."
+            )
+        waiting, rows, number = [list(specs)], [], first_pass
+        while waiting:
+            batch = waiting.pop(0)
+            try:
+                rows += self._one_pass(sample, ids, batch, number)
+                number += 1
+            except MethodFailure as failure:
+                suspects = failure.suspects
+                if FULL in suspects:
+                    raise ShadowKVError(
+                        f"Full attention failed on {sample.id}: {failure}"
+                    ) from None
+                others = [spec for spec in batch if spec not in suspects]
+                pair = [FULL] if FULL in batch else []
+                if len(suspects) == 1:
+                    rows.append(self._failed_row(sample, suspects[0], number, str(failure)))
+                else:
+                    waiting += [[*pair, suspect] for suspect in suspects]
+                if others and others != pair:
+                    waiting.insert(0, others)
+        return rows, sum(row["generated_tokens"] or 0 for row in rows)
+
+    def _one_pass(
+        self, sample: Sample, ids: list[int], specs: Sequence[MethodSpec], number: int
+    ) -> list[Row]:
+        """Prefill once and decode all specs; those that are dense here share one row."""
+        active = [spec for spec in specs if not spec.is_dense(len(ids))]
+        batch = active if len(active) == len(specs) else [FULL, *active]
+        session = self._session_for(batch, max(sample.context_length, len(ids)))
+        started = time.perf_counter()
+        logits = session.prefill(ids, key=sample.id)
+        first = logits.argmax(-1).expand(len(batch))
+        first_token = int(first[0])  # waits for the device
+        prefilled = time.perf_counter()
+        limits = [sample.max_new_tokens] * len(batch)
+        answers = session.generate(first, limits, self.loaded.eos_ids)
+        decode_s = time.perf_counter() - prefilled
+        self.backends_used.add(session.backend)
+        assert all(answer[0] == first_token for answer in answers)
+        rows = []
+        for spec in specs:
+            place = batch.index(FULL if spec.is_dense(len(ids)) else spec)
+            audit = session.audit(place, len(answers[place]) - 1)
+            measured = {
+                "prompt_tokens": len(ids),
+                "hit_rate": audit.pop("hit_rate"),
+                "audit": audit,
+                "row_bucket": session.bucket,
+                "prefill_s": round(prefilled - started, 6),
+                "decode_s": round(decode_s, 6),
+            }
+            row = self._row(sample, spec, number, len(ids))
+            rows.append(row | self._scored(sample, answers[place]) | measured)
+        return rows
+
+    def _row(self, sample: Sample, spec: MethodSpec, number: int, prompt_tokens: int) -> Row:
+        """What is known of a cell on a sample before it is decoded."""
+        sparse = isinstance(spec, SparseSpec)
+        wanted = spec.wanted(prompt_tokens) if isinstance(spec, SparseSpec) else None
+        held = spec.cache_bytes(self.loaded.shape, prompt_tokens, sample.max_new_tokens)
+        depths = sample.depths or []
+        return {
+            "id": sample.id,
+            "task": sample.task,
+            "context_length": sample.context_length,
+            "method": spec.name,
+            "cell": spec.cell,
+            "settings": spec.settings(),
+            "sparse_budget_tokens": wanted.selected_tokens if wanted else None,
+            "outlier_tokens": wanted.outlier_tokens if wanted else None,
+            "pass": number,
+            "metric": sample.metric,
+            "num_references": len(sample.references),
+            "dense_fallback": sparse and spec.is_dense(prompt_tokens),
+            "gpu_bytes": held.device,
+            "host_bytes": held.host,
+            "depth": depths[0] if len(depths) == 1 else None,
+            "tokenizer_mismatch": self.tokenizer_mismatch,
+            "error": None,
+        }
+
+    def _scored(self, sample: Sample, answer: list[int]) -> Row:
+        """Text and score of an answer's tokens."""
+        ended = answer[-1] in self.loaded.eos_ids
+        text = self.tokenizer.decode(answer[:-1] if ended else answer, skip_special_tokens=True)
+        for stop in sample.stop or []:
+            text = text.split(stop)[0]
+        return {
+            "prediction": text,
+            "score": score(text, sample),
+            "generated_tokens": len(answer),
+            "finish": "eos" if ended else "length",
+        }
+
+    def _failed_row(self, sample: Sample, spec: MethodSpec, number: int, reason: str) -> Row:
+        nothing = ("prediction", "score", "generated_tokens", "finish", "audit", "hit_rate")
+        row = self._row(sample, spec, number, sample.prompt_tokens)
+        return row | dict.fromkeys(nothing) | {"error": reason}

@@ -1,0 +1,56 @@
+"""Memory: what is free for caches, and the peak of a stretch of work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+RESERVE = 0.1
+"""Share of the memory that is left for activations, the allocator and everybody else."""
+
+
+def _proc_field(file: str, name: str) -> int:
+    """A field of a /proc file in bytes; 0 where the system has none."""
+    path = Path(file)
+    if not path.exists():
+        return 0
+    for line in path.read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def free_host_bytes() -> int:
+    """Memory of the host that can be taken without swapping."""
+    return int(_proc_field("/proc/meminfo", "MemAvailable") * (1 - RESERVE))
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Memory beside the model that caches may take."""
+    if device.type == "cpu":
+        return free_host_bytes()
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(free + cached - RESERVE * total)
+
+
+class PeakMemory:
+    """Peak of the device's allocator, or on a CPU of the process, since `restart`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def restart(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        control = Path("/proc/self/clear_refs")
+        if control.exists():
+            control.write_text("5")  # resets VmHWM, see proc(5)
+
+    def read(self) -> int:
+        """Bytes; 0 where the system does not tell."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return _proc_field("/proc/self/status", "VmHWM")

@@ -1,0 +1,120 @@
+"""The `shadowkv` command: registers one module a command and turns errors into one line each."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from shadowkv_cli import __version__
+from shadowkv_cli.commands import build_data
+from shadowkv_cli.commands.bench import bench
+from shadowkv_cli.commands.eval import eval_command
+from shadowkv_cli.commands.plot import plot
+from shadowkv_cli.commands.score import score
+from shadowkv_cli.commands.sweep import sweep
+from shadowkv_cli.console import notice
+from shadowkv_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, ShadowKVError
+
+app = typer.Typer(
+    name="shadowkv",
+    help="Measure what ShadowKV costs in accuracy and buys in throughput.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(build_data.app, name="build-data")
+app.command("eval")(eval_command)
+app.command()(score)
+app.command()(bench)
+app.command()(sweep)
+app.command()(plot)
+
+RESUMABLE = {"build-data", "eval", "sweep", "bench"}
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print it.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show Python's traceback when something fails.")
+    ] = False,
+) -> None:
+    """Measure what ShadowKV costs in accuracy and buys in throughput.
+
+    Example: shadowkv build-data ruler --tokenizer demo --context-length 4k --output datasets/demo
+    """
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+def describe_failure(error: BaseException) -> str | None:
+    """One line for failures that are not ours but have a known way out; None for any other."""
+    if isinstance(error, OSError):
+        where = f" {error.filename}" if error.filename else ""
+        if error.errno == errno.ENOSPC:
+            return (
+                f"The disk is full{where}: free space and run the same command again; "
+                "what was finished is kept."
+            )
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            return f"No permission to write{where}: choose another --output."
+        if error.errno is not None:
+            return f"{error.strerror}{where}."
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "Out of memory: use a shorter context, a smaller batch, or --dtype bfloat16."
+    if "DefaultCPUAllocator: can't allocate memory" in str(error):
+        return "Out of memory: use a shorter context, a smaller batch, or --dtype bfloat16."
+    return None
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; see the README for what each code means."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [a for a in args if a != "--debug"]
+    try:
+        code = typer.main.get_command(app).main(
+            args=args, prog_name="shadowkv", standalone_mode=False
+        )
+    except (ShadowKVError, TyperException) as error:
+        if debug:
+            raise
+        notice(
+            f"shadowkv: {error.format_message() if isinstance(error, TyperException) else error}"
+        )
+        return error.exit_code
+    except Exception as error:
+        if debug:
+            raise
+        known = describe_failure(error)
+        notice(f"shadowkv: {known or f'unexpected {type(error).__name__}: {error}'}")
+        if known is None:
+            notice("This is a bug; run again with --debug for the traceback.")
+        return EXIT_FAILED
+    if code == EXIT_INTERRUPTED:
+        resumes = any(a in RESUMABLE for a in args[:1])
+        more = (
+            ": what was finished is saved; run the same command again to continue"
+            if resumes
+            else ""
+        )
+        notice(f"Interrupted{more}.")
+    return code if isinstance(code, int) else 0
+
+
+def main() -> None:
+    """Entry point of the installed `shadowkv` script."""
+    sys.exit(run())

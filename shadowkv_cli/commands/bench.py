@@ -1,0 +1,81 @@
+"""shadowkv bench --model demo --context-length 16k --method full,shadowkv"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from shadowkv_cli.console import notice
+from shadowkv_cli.errors import EXIT_INCOMPLETE
+from shadowkv_cli.option_groups import (
+    BatchSizeOption,
+    MethodOptions,
+    ModelOptions,
+    RunOptions,
+    TimingOptions,
+    spread,
+)
+from shadowkv_cli.run_config import BenchConfig, default_output
+
+
+@spread
+def bench(
+    model: ModelOptions,
+    methods: MethodOptions,
+    timing: TimingOptions,
+    run: RunOptions,
+    context_length: Annotated[
+        list[str] | None,
+        typer.Option(help="Tokens of each prompt; commas or repeats. [default: 16k]"),
+    ] = None,
+    batch_size: BatchSizeOption = None,
+    state: Annotated[
+        Literal["auto", "synthetic", "tokens", "prompts"],
+        typer.Option(
+            help="Decode from random keys and values (synthetic), from a prefill of random tokens, "
+            "or of prompts of --data; auto: prompts with --data, else tokens."
+        ),
+    ] = "auto",
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder that `build-data` wrote.")
+    ] = None,
+) -> None:
+    """Time the decoding of each method alone, in rounds that take turns over the methods.
+
+    Prints prefill time, tokens/s with an interval, step times, memory and hit rate.
+
+    Example: shadowkv bench --model demo --context-length 16k --batch-size 1,2
+    """
+    from shadowkv_cli.benchmark import benchmark
+    from shadowkv_cli.reporting import report_run
+
+    specs = methods.specs()
+    if state == "auto":
+        state = "prompts" if data else "tokens"
+    settings = timing.settings(
+        context_length or ["16k"], batch_size, state, model.attention_backend, share=False
+    )
+    choice = model.choice()
+    identity = {"model": choice, "cells": [s.cell for s in specs], "how": settings, "data": data}
+    config = BenchConfig(
+        choice,
+        tuple(specs),
+        settings,
+        run.output or default_output("bench", model.model, identity),
+        data,
+        run.fresh,
+        run.command,
+    )
+    if run.dry_run:
+        from shadowkv_cli.dry_run import describe_benchmark
+
+        describe_benchmark(config).show(as_json=run.json)
+        return
+    path, failed = benchmark(config)
+    report_run(path, as_json=run.json)
+    notice(f"Rows and summary: {path}")
+    if failed:
+        notice(f"{failed} measurements failed; the same command tries them again.")
+        raise typer.Exit(EXIT_INCOMPLETE)

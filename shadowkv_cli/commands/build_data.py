@@ -1,0 +1,166 @@
+"""shadowkv build-data ruler --tokenizer demo --context-length 4k --output datasets/demo"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from shadowkv_cli.config import parse_token_count, split_list
+from shadowkv_cli.console import format_bytes, format_duration, notice, print_json, print_table
+from shadowkv_cli.options import (
+    ConfigOption,
+    DryRunOption,
+    JsonOption,
+    OfflineOption,
+    TasksOption,
+    TrustOption,
+)
+
+app = typer.Typer(help="Make the prompts of a benchmark.")
+
+
+@app.callback(invoke_without_command=True)
+def build_data(ctx: typer.Context) -> None:
+    """Make the prompts of a benchmark.
+
+    Example: shadowkv build-data ruler --tokenizer demo --context-length 4k --output datasets/demo
+    """
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+@app.command()
+def ruler(
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|PATH|demo", help="Tokenizer of the model that will read the prompts."
+        ),
+    ],
+    context_length: Annotated[
+        list[str],
+        typer.Option(
+            "--context-length",
+            help="Tokens of prompt and answer, like 4k or 131072; commas or repeats.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the dataset.")],
+    num_samples: Annotated[int, typer.Option(help="Samples per task and length.")] = 96,
+    tasks: TasksOption = None,
+    template: Annotated[
+        str,
+        typer.Option(
+            help="Chat template: auto (the tokenizer's own, or none), base, llama-3, glm, …"
+        ),
+    ] = "auto",
+    sources: Annotated[
+        Literal["hub", "synthetic"] | None,
+        typer.Option(
+            help="Essays and questions: from the hub, or written by this program without a "
+            "network. Default: hub; synthetic for the demo tokenizer."
+        ),
+    ] = None,
+    essays: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Essays as text or as RULER's PaulGrahamEssays.json."),
+    ] = None,
+    squad: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="SQuAD's dev-v2.0.json.")
+    ] = None,
+    hotpotqa: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="HotpotQA's hotpot_dev_distractor_v1.json."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Determines every row.")] = 42,
+    num_workers: Annotated[
+        int | None, typer.Option(help="Processes; by default several where it pays.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the tokenizer on the hub.")
+    ] = None,
+    trust_remote_code: TrustOption = False,
+    offline: OfflineOption = False,
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Build RULER prompts that fill their context length; continues where it was stopped.
+
+    Example: shadowkv build-data ruler --tokenizer demo --context-length 4k --output datasets/demo
+    """
+    from shadowkv_cli.tasks.ruler.build import RulerBuild, RulerConfig
+
+    build = RulerBuild(
+        RulerConfig(
+            tokenizer=tokenizer,
+            context_lengths=tuple(parse_token_count(n) for n in split_list(context_length)),
+            num_samples=num_samples,
+            output=output,
+            tasks=tuple(split_list(tasks)) if tasks else None,
+            template=template,
+            sources=sources,
+            essays=essays,
+            squad=squad,
+            hotpotqa=hotpotqa,
+            seed=seed,
+            num_workers=num_workers,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            offline=offline,
+        )
+    )
+    if dry_run:
+        _show_forecast(build.forecast(), build.num_workers, json)
+        return
+    build.run()
+    _show_result(output, build.manifest, json)
+
+
+def _show_forecast(entries: list[dict[str, Any]], num_workers: int, json: bool) -> None:
+    names = ("existing", "prompts", "tokens", "bytes", "seconds")
+    total = {name: sum(entry[name] for entry in entries) for name in names}
+    if json:
+        print_json({"dry_run": True, "pieces": entries, "num_workers": num_workers, **total})
+        return
+    rows = [
+        [
+            str(e["task"]),
+            str(e["context_length"] or ""),
+            str(e["existing"]),
+            str(e["prompts"]),
+            f"{e['tokens']:,}",
+            format_bytes(e["bytes"]),
+            format_duration(e["seconds"]),
+        ]
+        for e in [*entries, {"task": "all", "context_length": 0, **total}]
+    ]
+    columns = ["task", "length", "there", "to write", "tokens", "size", "time"]
+    title = f"Would be written, with {num_workers} process{'es' if num_workers > 1 else ''}"
+    print_table(title, columns, rows)
+
+
+def _show_result(output: Path, manifest: dict[str, Any], json: bool) -> None:
+    names = ("rows", "fill", "template", "sources", "synthetic", "note")
+    if json:
+        print_json({"output": str(output), **{name: manifest[name] for name in names}})
+        if manifest["note"]:
+            notice(manifest["note"])
+        return
+    lengths = [str(length) for length in manifest["context_lengths"]]
+    rows = []
+    for task in manifest["tasks"]:
+        cells = [task]
+        for length in lengths:
+            fill = manifest["fill"].get(length, {}).get(task)
+            count = manifest["rows"][length].get(task, 0)
+            cells.append("" if fill is None else f"{100 * fill:.2f}% of {count}")
+        rows.append(cells)
+    notes = [
+        f"Mean fill: tokens of prompt and answer over the context length. Template: "
+        f"{manifest['template']['resolved']}.",
+        *([manifest["note"]] if manifest["note"] else []),
+        f"Written to {output}",
+    ]
+    print_table("RULER", ["task", *lengths], rows, notes)

@@ -1,0 +1,433 @@
+"""Every setting of every method, checked when it is made; without torch, so that all may import it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
+
+from shadowkv_cli.errors import UsageError, unknown_name
+
+OUTLIER_TOKENS_PER_BUDGET = Fraction(192, 1024)
+"""Outlier tokens kept per token of sparse budget under `auto`: 48 chunks of 8 at 2,048 (paper, 5.1)."""
+
+Placement = Literal["device", "host"]
+DenseFallback = Literal["auto", "never"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def parse_token_count(text: str) -> int:
+    """Read a number of tokens: `4096`, `4k` (1,024 each) or `1m`.
+
+    Raises UsageError if it is not a positive whole number.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:_\d+)*)\s*([kKmM]?)\s*", text)
+    count = int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()] if match else 0
+    if count <= 0:
+        raise UsageError(f"'{text}' is no number of tokens: write it like 4096 or 4k.")
+    return count
+
+
+def split_list(values: Iterable[str]) -> list[str]:
+    """Split options that may be given as commas or repeats, without duplicates, in the order given."""
+    parts = [part.strip() for value in values for part in str(value).split(",")]
+    return list(dict.fromkeys(part for part in parts if part))
+
+
+@dataclass(frozen=True)
+class SparseBudget:
+    """How many prompt tokens are selected per decoded token: a number, or a share of the prompt."""
+
+    tokens: int | None = None
+    share: Fraction | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> SparseBudget:
+        """Read `2048`, `2k` or `1.5625%`. Raises UsageError for anything else."""
+        text = text.strip()
+        if not text.endswith("%"):
+            return cls(tokens=parse_token_count(text))
+        try:
+            share = Fraction(text[:-1].strip()) / 100
+        except (ValueError, ZeroDivisionError):
+            share = Fraction(0)
+        if not 0 < share <= 1:
+            raise UsageError(
+                f"'{text}' is no sparse budget: write a share above 0% and up to 100%, or tokens."
+            )
+        return cls(share=share)
+
+    def resolve(self, prompt_tokens: int, chunk_size: int) -> int:
+        """Tokens selected for a prompt of that many tokens, a share rounded up to a whole chunk."""
+        if self.tokens is not None:
+            return self.tokens
+        assert self.share is not None
+        return math.ceil(self.share * prompt_tokens / chunk_size) * chunk_size
+
+    def __str__(self) -> str:
+        if self.tokens is not None:
+            return str(self.tokens)
+        assert self.share is not None
+        return f"{float(self.share * 100):.12g}%"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a sparse method attends of a prompt per step, in chunks and tokens, for one KV head."""
+
+    selected_chunks: int
+    outlier_chunks: int
+    local_tokens: int
+    chunk_size: int
+
+    @property
+    def selected_tokens(self) -> int:
+        return self.selected_chunks * self.chunk_size
+
+    @property
+    def outlier_tokens(self) -> int:
+        return self.outlier_chunks * self.chunk_size
+
+    @property
+    def tokens(self) -> int:
+        return self.selected_tokens + self.outlier_tokens + self.local_tokens
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a decoder that a KV method depends on."""
+
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    element_bytes: int
+
+    @property
+    def key_width(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes of keys and values of that many tokens, all layers."""
+        return 2 * self.num_layers * tokens * self.key_width * self.element_bytes
+
+
+@dataclass(frozen=True)
+class CacheBytes:
+    """Bytes that a method holds for one sequence: beside the model, and in pinned host memory."""
+
+    device: int
+    host: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSpec:
+    """Settings of one KV method. Its fields are the options that the command line may set."""
+
+    name: ClassVar[str]
+    help: ClassVar[str]
+
+    def settings(self) -> dict[str, Any]:
+        """All fields as JSON values, in the order of declaration."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: str(v) if isinstance(v, SparseBudget) else v for k, v in values.items()}
+
+    @property
+    def cell(self) -> str:
+        """A unique label: the name, then the settings that differ from the defaults."""
+        default = type(self)().settings()
+        changed = [f"{k}={v}" for k, v in self.settings().items() if v != default[k]]
+        return self.name + (":" + ",".join(changed) if changed else "")
+
+    def keeps(self, prompt_tokens: int) -> Kept | None:
+        """What is attended per step of a prompt of that length; None where everything is."""
+        return None
+
+    def is_dense(self, prompt_tokens: int) -> bool:
+        """Whether a prompt of that length is answered with full attention."""
+        return True
+
+    def check_model(self, shape: ModelShape) -> None:
+        """Raise UsageError where a setting is impossible for a model of that shape."""
+
+    def cache_bytes(self, shape: ModelShape, prompt_tokens: int, new_tokens: int) -> CacheBytes:
+        """What the method holds for one sequence, alone."""
+        return CacheBytes(shape.kv_bytes(prompt_tokens + new_tokens), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullSpec(MethodSpec):
+    """Exact attention over the whole prompt: the reference."""
+
+    name: ClassVar[str] = "full"
+    help: ClassVar[str] = "exact attention over everything"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseSpec(MethodSpec):
+    """Settings that every method shares which attends only part of the prompt.
+
+    Attributes:
+        sparse_budget: prompt tokens selected per step and KV head (paper: 1.5625 %, 2,048 of 128K).
+        chunk_size: tokens that are selected together (paper: 8).
+        outlier_chunks: chunks always attended, or `auto`: 192 tokens per 1,024 of budget.
+        local_chunks: chunks at the prompt's end always attended (official code: 4), with the
+            remainder that fills no chunk.
+        dense_fallback: `auto` answers prompts that are not longer than what is kept with full
+            attention; `never` runs the method all the same.
+    """
+
+    sparse_budget: SparseBudget = SparseBudget(share=Fraction(1, 64))
+    chunk_size: int = 8
+    outlier_chunks: int | Literal["auto"] = "auto"
+    local_chunks: int = 4
+    dense_fallback: DenseFallback = "auto"
+
+    def __post_init__(self) -> None:
+        if self.chunk_size < 1:
+            raise UsageError(f"chunk_size must be at least 1, not {self.chunk_size}.")
+        if self.local_chunks < 0:
+            raise UsageError(f"local_chunks must be at least 0, not {self.local_chunks}.")
+        if self.outlier_chunks != "auto" and self.outlier_chunks < 0:
+            raise UsageError(f"outlier_chunks must be at least 0, not {self.outlier_chunks}.")
+        tokens = self.sparse_budget.tokens
+        if tokens is not None and tokens % self.chunk_size:
+            raise UsageError(
+                f"sparse_budget {tokens} is not divisible by chunk_size {self.chunk_size}: "
+                f"use {tokens // self.chunk_size * self.chunk_size or self.chunk_size}"
+                f" or {(tokens // self.chunk_size + 1) * self.chunk_size}."
+            )
+
+    def wanted(self, prompt_tokens: int) -> Kept:
+        """What the settings ask for, before it is clipped to the prompt."""
+        budget = self.sparse_budget.resolve(prompt_tokens, self.chunk_size)
+        outliers = self.outlier_chunks
+        if outliers == "auto":
+            chunks = budget * OUTLIER_TOKENS_PER_BUDGET / self.chunk_size
+            outliers = max(1, math.floor(chunks + Fraction(1, 2)))
+        local = self.local_chunks * self.chunk_size + prompt_tokens % self.chunk_size
+        return Kept(budget // self.chunk_size, outliers, local, self.chunk_size)
+
+    def keeps(self, prompt_tokens: int) -> Kept:
+        wanted = self.wanted(prompt_tokens)
+        local = min(wanted.local_tokens, prompt_tokens)
+        chunks = (prompt_tokens - local) // self.chunk_size
+        outliers = min(wanted.outlier_chunks, chunks)
+        return Kept(
+            min(wanted.selected_chunks, chunks - outliers), outliers, local, self.chunk_size
+        )
+
+    def is_dense(self, prompt_tokens: int) -> bool:
+        return self.dense_fallback == "auto" and self.wanted(prompt_tokens).tokens >= prompt_tokens
+
+
+def buffer_slots(selected_chunks: int, factor: float) -> int:
+    """Slots of a buffer that holds a multiple of the selected chunks, at least these."""
+    return max(selected_chunks, math.ceil(selected_chunks * factor))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShadowKVSpec(SparseSpec):
+    """ShadowKV (ICML 2025): low-rank pre-RoPE keys and landmarks stay, values may move to the host.
+
+    Attributes:
+        rank: columns of the joint low-rank factorisation of all heads' pre-RoPE keys (paper: 160).
+        landmarks_per_chunk: means a chunk is represented by, combined by logsumexp (paper: 1).
+        value_placement: where the values of the prompt live: with the model, or pinned on the host.
+        value_buffer: chunks of values held beside the model, as a multiple of those selected;
+            1 keeps what the last step selected (the paper's policy), more is a larger LRU buffer.
+        key_buffer: the same for rebuilt keys.
+    """
+
+    name: ClassVar[str] = "shadowkv"
+    help: ClassVar[str] = "low-rank keys, landmarks, sparse selection (the paper's method)"
+
+    rank: int = 160
+    landmarks_per_chunk: int = 1
+    value_placement: Placement = "device"
+    value_buffer: float = 1.0
+    key_buffer: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise UsageError(f"rank must be at least 1, not {self.rank}.")
+        if self.landmarks_per_chunk not in (1, 2, 4):
+            raise UsageError(
+                f"landmarks_per_chunk must be 1, 2 or 4, not {self.landmarks_per_chunk}."
+            )
+        if self.chunk_size % self.landmarks_per_chunk:
+            raise UsageError(
+                f"chunk_size {self.chunk_size} is not divisible by landmarks_per_chunk "
+                f"{self.landmarks_per_chunk}."
+            )
+        for field in ("value_buffer", "key_buffer"):
+            if not 1 <= getattr(self, field) < math.inf:
+                raise UsageError(f"{field} must be at least 1, not {getattr(self, field)}.")
+
+    def check_model(self, shape: ModelShape) -> None:
+        width = shape.key_width
+        if self.rank > width:
+            raise UsageError(
+                f"rank {self.rank} is above the model's key width {width} ({shape.num_kv_heads} KV "
+                f"heads of {shape.head_dim}): use --rank {width} or less."
+            )
+
+    def cache_bytes(self, shape: ModelShape, prompt_tokens: int, new_tokens: int) -> CacheBytes:
+        if self.is_dense(prompt_tokens):
+            return super().cache_bytes(shape, prompt_tokens, new_tokens)
+        kept, width = self.keeps(prompt_tokens), shape.key_width
+        fixed = kept.outlier_tokens + kept.local_tokens + new_tokens
+        slots = buffer_slots(kept.selected_chunks, self.value_buffer)
+        slots += buffer_slots(kept.selected_chunks, self.key_buffer)
+        elements = width * (2 * fixed + slots * self.chunk_size)
+        elements += width * (prompt_tokens // self.chunk_size) * self.landmarks_per_chunk
+        elements += self.rank * (prompt_tokens + width)
+        layer_values = width * prompt_tokens
+        on_host = self.value_placement == "host"
+        per_element = shape.num_layers * shape.element_bytes
+        return CacheBytes(
+            per_element * (elements + (0 if on_host else layer_values)),
+            per_element * layer_values if on_host else 0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OracleSpec(SparseSpec):
+    """The chunks that truly hold most attention, exact keys and values: a perfect selector."""
+
+    name: ClassVar[str] = "oracle"
+    help: ClassVar[str] = "control: the chunks with the most true attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomSpec(SparseSpec):
+    """Chunks drawn at random for every step and KV head, exact keys and values."""
+
+    name: ClassVar[str] = "random"
+    help: ClassVar[str] = "control: chunks drawn at random"
+
+    seed: int = 42
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamingSpec(SparseSpec):
+    """The first and the most recent tokens (StreamingLLM, ICLR 2024), as many as ShadowKV attends."""
+
+    name: ClassVar[str] = "streaming"
+    help: ClassVar[str] = "control: attention sinks and recent tokens"
+
+    sink_tokens: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sink_tokens < 0:
+            raise UsageError(f"sink_tokens must be at least 0, not {self.sink_tokens}.")
+
+
+SPECS: dict[str, type[MethodSpec]] = {
+    spec.name: spec for spec in (FullSpec, ShadowKVSpec, OracleSpec, RandomSpec, StreamingSpec)
+}
+
+
+def _convert(spec: type[MethodSpec], field: str, text: str) -> Any:
+    """Turn the text of one setting into its type. Raises UsageError naming method, field and value."""
+    hint = get_type_hints(spec)[field]
+    try:
+        if hint is SparseBudget:
+            return SparseBudget.parse(text)
+        if hint in (int, float):
+            return hint(text)
+        if field == "outlier_chunks":
+            return text if text == "auto" else int(text)
+    except UsageError:
+        raise
+    except ValueError:
+        raise UsageError(f"{spec.name}: {field} cannot be '{text}'.") from None
+    if text not in get_args(hint):
+        raise UsageError(
+            f"{spec.name}: {field} must be one of {', '.join(get_args(hint))}, not '{text}'."
+        )
+    return text
+
+
+def spec_fields(spec: type[MethodSpec]) -> list[str]:
+    """Names of the settings that a method has."""
+    return [f.name for f in dataclasses.fields(spec)]
+
+
+def _split_methods(values: Iterable[str]) -> list[tuple[str, dict[str, str]]]:
+    """Read `full,shadowkv:rank=64,chunk_size=4` (or repeats) as names with their own settings."""
+    methods: list[tuple[str, dict[str, str]]] = []
+    for part in (p.strip() for value in values for p in value.split(",")):
+        name, colon, first = part.partition(":")
+        if "=" in name:
+            if not methods:
+                raise UsageError(f"'{part}' names no method: write NAME:key=value.")
+            assignments = [part]
+        else:
+            methods.append((name, {}))
+            assignments = [first] if colon else []
+        for assignment in assignments:
+            key, equals, text = assignment.partition("=")
+            if not equals:
+                raise UsageError(f"'{assignment}' in '{part}' is no setting: write key=value.")
+            methods[-1][1][key.strip().replace("-", "_")] = text.strip()
+    return methods
+
+
+def build_specs(methods: Iterable[str], overrides: Mapping[str, str | None]) -> list[MethodSpec]:
+    """Make the specs of the methods asked for.
+
+    Args:
+        methods: `NAME` or `NAME:key=value,…`, as commas or repeats.
+        overrides: text of each general option (`rank`, `chunk_size`, …); None where not given. It
+            sets every method that has such a field, a method's own settings excepted.
+
+    Raises:
+        UsageError: unknown method or field, a bad value, an option that no method has, or the same
+            cell twice.
+    """
+    asked = _split_methods(methods)
+    given = {k: v for k, v in overrides.items() if v is not None}
+    specs: list[MethodSpec] = []
+    used: set[str] = set()
+    for name, own in asked:
+        if name not in SPECS:
+            raise unknown_name("method", name, SPECS)
+        spec, fields = SPECS[name], spec_fields(SPECS[name])
+        for key in own:
+            if key not in fields:
+                raise unknown_name(f"setting of method '{name}'", key, fields)
+        settings = {k: v for k, v in given.items() if k in fields} | own
+        used |= settings.keys()
+        specs.append(spec(**{k: _convert(spec, k, v) for k, v in settings.items()}))
+    for key in given:
+        if key not in used:
+            option = "--" + key.replace("_", "-")
+            raise UsageError(
+                f"{option} has no effect: none of the methods {', '.join(n for n, _ in asked)} has it."
+            )
+    for a, b in itertools.combinations(specs, 2):
+        if a == b:
+            raise UsageError(f"The method '{a.cell}' was given twice with the same settings.")
+    return specs
+
+
+def grid(methods: Iterable[str], axes: Mapping[str, list[str]]) -> list[MethodSpec]:
+    """Make every cell of a sweep: each combination of the axes' values, applied to each method.
+
+    A method that has none of the axes appears once; methods that have an axis appear once per
+    value of it. Raises UsageError as `build_specs` does, for every impossible cell.
+    """
+    cells: dict[MethodSpec, None] = {}
+    names = list(axes)
+    for values in itertools.product(*axes.values()):
+        for spec in build_specs(methods, dict(zip(names, values, strict=True))):
+            cells.setdefault(spec)
+    return list(cells)

@@ -1,0 +1,269 @@
+"""Evaluation: which samples and cells are wanted, which are missing, and running those."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shadowkv_cli.config import MethodSpec
+from shadowkv_cli.console import notice, progress
+from shadowkv_cli.environment import capture
+from shadowkv_cli.errors import UsageError, unknown_name
+from shadowkv_cli.results import RunFolder, RunKind, done_cells
+from shadowkv_cli.run_config import EvalConfig
+from shadowkv_cli.tasks.rows import Dataset, Sample
+
+if TYPE_CHECKING:
+    from shadowkv_cli.model.loading import LoadedModel
+
+TOY_NOTE = "The demo model is a toy: it shows how methods differ, not how good they are."
+RANDOM_NOTE = "RANDOM WEIGHTS: the model was never trained, so its scores mean nothing."
+
+
+@dataclass
+class Work:
+    """The samples of an evaluation, and for each the cells that have no row yet."""
+
+    samples: list[Sample]
+    missing: dict[str, list[MethodSpec]] = field(default_factory=dict)
+
+    @property
+    def todo(self) -> list[Sample]:
+        return [s for s in self.samples if self.missing.get(s.id)]
+
+    @property
+    def room(self) -> int:
+        """Tokens that the longest answer may take."""
+        return max(s.max_new_tokens for s in self.samples)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its answer."""
+        return max(s.length for s in self.samples)
+
+
+def choose_samples(config: EvalConfig, dataset: Dataset) -> Work:
+    """Read the samples that are wanted.
+
+    Raises UsageError for a task or length that the data do not hold.
+    """
+    for task in config.tasks or ():
+        if task not in dataset.tasks:
+            raise unknown_name(f"task in {dataset.path}", task, dataset.tasks)
+    for length in config.context_lengths or ():
+        if length not in dataset.context_lengths:
+            held = ", ".join(map(str, dataset.context_lengths))
+            raise UsageError(f"{dataset.path} has no context length {length}; it has {held}.")
+    samples = [
+        sample
+        for length in config.context_lengths or dataset.context_lengths
+        for task in config.tasks or dataset.tasks
+        for sample in dataset.samples(length, task, config.num_samples)
+    ]
+    if not samples:
+        raise UsageError(f"{dataset.path} holds no sample of what was asked for.")
+    return Work(samples)
+
+
+def find_missing(work: Work, specs: Sequence[MethodSpec], done: Mapping[str, set[str]]) -> None:
+    """Note which cells each sample lacks; a method that comes later runs beside full again."""
+    for sample in work.samples:
+        have = done.get(sample.id, set())
+        lacking = [spec for spec in specs if spec.cell not in have]
+        full = [spec for spec in specs if spec.name == "full"]
+        if lacking and full and full[0] not in lacking:
+            lacking = [*full, *lacking]
+        work.missing[sample.id] = lacking
+
+
+def check_tokenizer(
+    config: EvalConfig, dataset: Dataset, tokenizer: Any, tokenizer_name: str
+) -> bool:
+    """Compare the model's tokenizer with the one that fitted the data; True where they differ.
+
+    Raises UsageError where they differ and that was not allowed.
+    """
+    from shadowkv_cli.tasks.tokenization import tokenizer_fingerprint
+
+    made_with = dataset.manifest["tokenizer"]
+    differs = tokenizer_fingerprint(tokenizer) != made_with["fingerprint"]
+    if differs and not config.allow_tokenizer_mismatch:
+        raise UsageError(
+            f"{dataset.path} was built with the tokenizer {made_with['name']}, which is not that of "
+            f"{tokenizer_name}: build data with --tokenizer {tokenizer_name}, or use "
+            "--allow-tokenizer-mismatch."
+        )
+    return differs
+
+
+def check_settings(run_scope: Mapping[str, Any], specs: Sequence[MethodSpec], path: Path) -> None:
+    """Refuse a method that an earlier command ran with other settings.
+
+    Further cells of a method may join the ones that are there; replacing them is another run.
+    """
+    for name in dict.fromkeys(spec.name for spec in specs):
+        before = {c for c in run_scope.get("cells", []) if c.split(":")[0] == name}
+        now = {spec.cell for spec in specs if spec.name == name}
+        if before and now - before and before - now:
+            raise UsageError(
+                f"'{path}' holds {', '.join(sorted(before))}, not {', '.join(sorted(now))}: choose "
+                "another --output, --fresh to start over, or give the old settings beside the new."
+            )
+
+
+def data_notes(dataset: Dataset, loaded: LoadedModel) -> tuple[list[str], dict[str, bool]]:
+    """What a reader of any result must be told, and the same as flags."""
+    notes = [dataset.manifest["note"]] if dataset.manifest.get("note") else []
+    flags = {
+        "synthetic": bool(dataset.manifest.get("synthetic")),
+        "random_weights": loaded.random_weights,
+        "toy_model": loaded.name == "demo",
+    }
+    if loaded.random_weights:
+        notes.insert(0, RANDOM_NOTE)
+    elif loaded.name == "demo":
+        notes.append(TOY_NOTE)
+    return notes, flags
+
+
+def run_identity(config: EvalConfig, loaded: LoadedModel, dataset: Dataset) -> dict[str, Any]:
+    """What must be equal for rows to belong together."""
+    return {
+        "model": config.model.name,
+        "model_fingerprint": loaded.fingerprint,
+        "revision": config.model.revision,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "data": dataset.manifest["suite"],
+        "data_fingerprint": dataset.fingerprint(),
+        "allow_tokenizer_mismatch": config.allow_tokenizer_mismatch,
+    }
+
+
+@dataclass
+class Outcome:
+    """What a run left behind."""
+
+    path: Path
+    missing_rows: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Data, tokenizer and model of an evaluation, checked against each other."""
+
+    dataset: Dataset
+    work: Work
+    tokenizer: Any
+    tokenizer_differs: bool
+    loaded: LoadedModel
+
+
+def check_ready(config: EvalConfig) -> Ready:
+    """Load everything and refuse what cannot work, before the first prefill.
+
+    Raises:
+        UsageError: the data, the model and the settings do not fit together.
+        ShadowKVError: the model cannot be loaded.
+    """
+    from shadowkv_cli.model.loading import load_model
+    from shadowkv_cli.tasks.tokenization import load_tokenizer
+
+    dataset = Dataset.open(config.data)
+    work = choose_samples(config, dataset)
+    choice = config.model
+    tokenizer = load_tokenizer(
+        choice.name,
+        revision=choice.revision,
+        trust_remote_code=choice.trust_remote_code,
+        offline=choice.offline,
+    )
+    differs = check_tokenizer(config, dataset, tokenizer, choice.name)
+    loaded = load_model(choice)
+    loaded.check(list(config.specs), work.longest)
+    return Ready(dataset, work, tokenizer, differs, loaded)
+
+
+def open_run(config: EvalConfig, kind: RunKind, ready: Ready) -> RunFolder:
+    """Create the run's folder or continue it, after checking that its settings are the same."""
+    from shadowkv_cli.results import read_run
+
+    if (config.output / "manifest.json").is_file() and not config.fresh:
+        check_settings(
+            read_run(config.output).manifest.get("scope", {}), config.specs, config.output
+        )
+    dataset, loaded = ready.dataset, ready.loaded
+    notes, flags = data_notes(dataset, loaded)
+    if ready.tokenizer_differs:
+        notes.append("The data were fitted with another tokenizer than the model's.")
+    for note in notes:
+        notice(note)
+    return RunFolder.open(
+        config.output,
+        kind=kind,
+        identity=run_identity(config, loaded, dataset),
+        scope={
+            "cells": [spec.cell for spec in config.specs],
+            "tasks": list(config.tasks or dataset.tasks),
+            "context_lengths": list(config.context_lengths or dataset.context_lengths),
+            "num_samples": config.num_samples,
+        },
+        environment=capture(str(loaded.device)),
+        command=config.command,
+        notes=notes,
+        flags=flags,
+        fresh=config.fresh,
+    )
+
+
+def evaluate_loaded(config: EvalConfig, kind: RunKind, ready: Ready, run: RunFolder) -> Outcome:
+    """Answer what has no row yet, sample by sample, and append the rows."""
+    from shadowkv_cli.answering import Answerer
+
+    started = time.monotonic()
+    work = ready.work
+    rows = list(run.read("predictions"))
+    find_missing(work, config.specs, done_cells(rows, include_failed=False))
+    passes: dict[str, int] = {}
+    for row in rows:
+        passes[row["id"]] = max(passes.get(row["id"], 0), row["pass"] + 1)
+    todo = work.todo
+    finished = len(work.samples) - len(todo)
+    if finished:
+        notice(f"{finished} of {len(work.samples)} samples are done already; continuing.")
+    answerer = Answerer(
+        ready.loaded,
+        ready.tokenizer,
+        backend=config.model.backend,
+        room=work.room,
+        tokenizer_mismatch=ready.tokenizer_differs,
+    )
+    tokens, missing = 0, 0
+    with progress(f"{kind} {config.model.name}", len(work.samples)) as bar:
+        bar.skip(finished)
+        for sample in todo:
+            wanted = work.missing[sample.id]
+            new, generated = answerer.answer(sample, wanted, passes.get(sample.id, 0))
+            run.append("predictions", new)
+            tokens += generated
+            missing += len({r["cell"] for r in new if r["error"] is not None})
+            rate = tokens / (time.monotonic() - started)
+            bar.advance(detail=f"{sample.task} {sample.context_length}, {rate:.0f} tokens/s")
+    if answerer.backends_used:
+        run.record_environment(attention_backend=sorted(answerer.backends_used))
+    return Outcome(config.output, missing, time.monotonic() - started)
+
+
+def evaluate(config: EvalConfig) -> Outcome:
+    """Answer every sample with every cell and write the rows, continuing where a run stopped.
+
+    Raises:
+        UsageError: the data, the model and the settings do not fit together.
+        ShadowKVError: the model cannot be loaded, or the run cannot be written.
+    """
+    ready = check_ready(config)
+    with open_run(config, "eval", ready) as run:
+        return evaluate_loaded(config, "eval", ready, run)

@@ -1,0 +1,91 @@
+"""ShadowKV: landmarks select, values are fetched, keys are rebuilt (paper, Algorithms 1 and 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shadowkv_cli import ops
+from shadowkv_cli.config import Kept, ShadowKVSpec, SparseSpec, buffer_slots
+from shadowkv_cli.methods.base import Row
+from shadowkv_cli.methods.sparse import SparseGroup
+from shadowkv_cli.methods.store import Prompt, PromptStore
+
+
+class ShadowKVGroup(SparseGroup):
+    """Rows of ShadowKV with one chunk size, number of landmarks and placement of values."""
+
+    def __init__(self, rows: Sequence[Row], store: PromptStore, new_tokens: int) -> None:
+        super().__init__(rows, store, new_tokens)
+        first = self.specs[0]
+        assert isinstance(first, ShadowKVSpec)
+        self.layout = (self.chunk_size, first.landmarks_per_chunk)
+        self.placement = first.value_placement
+        ranks = [spec.rank for spec in self.specs if isinstance(spec, ShadowKVSpec)]
+        self.max_rank = max(ranks)
+        self.rank = torch.tensor(ranks, dtype=torch.int32, device=store.device)
+        shape = (len(rows), self.shape.num_kv_heads, store.prompt_tokens // self.chunk_size)
+        self.excluded = [
+            torch.zeros(shape, dtype=torch.bool, device=store.device)
+            for _ in range(self.shape.num_layers)
+        ]
+
+    def slots(self, spec: SparseSpec, kept: Kept) -> tuple[int, int]:
+        assert isinstance(spec, ShadowKVSpec)
+        return (
+            buffer_slots(kept.selected_chunks, spec.key_buffer),
+            buffer_slots(kept.selected_chunks, spec.value_buffer),
+        )
+
+    def outlier_tokens(self, layer: int, row: int, prompt: Prompt, k: Tensor) -> Tensor:
+        chunks = int(self.num_chunks[row])
+        similarity = self.store.similarity[self.chunk_size][layer][prompt.index, :, :chunks]
+        worst = similarity.topk(self.row_kept[row].outlier_chunks, largest=False).indices
+        excluded = self.excluded[layer][row]
+        excluded.zero_()
+        excluded.scatter_(1, worst, True)
+        members = torch.arange(self.chunk_size, device=k.device)
+        return (worst.sort().values[..., None] * self.chunk_size + members).flatten(1)
+
+    def select(self, layer: int, q: Tensor, scale: float) -> Tensor:
+        return ops.select_chunks(
+            q,
+            self.store.landmarks[self.layout][layer],
+            self.prompt_index,
+            self.num_chunks,
+            self.excluded[layer],
+            self.budget_chunks,
+            self.max_chunks,
+            scale,
+        )
+
+    def load_values(self, layer: int, ids: Tensor, slots: Tensor, misses: Tensor) -> None:
+        ops.fetch_values(
+            self.store.chunked_values(layer, self.chunk_size, self.placement),
+            self.prompt_index,
+            ids,
+            slots,
+            misses,
+            self.buffer(self.values[layer]),
+        )
+
+    def load_keys(self, layer: int, ids: Tensor, slots: Tensor, misses: Tensor) -> None:
+        tables = self.store.tables
+        assert tables is not None, "rotary tables come before the first step"
+        cos, sin = tables.halves()
+        ops.rebuild_keys(
+            self.store.coefficients[layer][..., : self.max_rank],
+            self.store.basis[layer][:, :, : self.max_rank],
+            self.prompt_index,
+            self.rank,
+            ids,
+            slots,
+            misses,
+            cos,
+            sin,
+            tables.index,
+            tables.interleaved,
+            self.buffer(self.keys[layer]),
+        )

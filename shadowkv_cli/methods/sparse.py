@@ -1,0 +1,214 @@
+"""What sparse methods share: one address space a row, slots for what a step selects, and counting."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shadowkv_cli import ops
+from shadowkv_cli.config import Kept, SparseSpec, buffer_slots
+from shadowkv_cli.methods.base import Group, Row
+from shadowkv_cli.methods.store import Prompt, PromptStore
+
+NEVER_FREE = torch.iinfo(torch.int32).max
+
+
+@dataclass
+class Residency:
+    """Slot tables of one buffer in one layer; see `ops.update_residency`."""
+
+    chunk_of_slot: Tensor  # int32 [R, Hk, B]
+    last_used: Tensor  # int32 [R, Hk, B]
+    slot_of_chunk: Tensor  # int32 [R, Hk, C]
+
+    @classmethod
+    def empty(
+        cls, rows: int, heads: int, slots: int, chunks: int, device: torch.device
+    ) -> Residency:
+        def table(size: int) -> Tensor:
+            return torch.full((rows, heads, size), -1, dtype=torch.int32, device=device)
+
+        return cls(table(slots), table(slots), table(chunks))
+
+    def clear(self, slots: Tensor) -> None:
+        """Empty the buffer; row r may use the first slots[r] of it."""
+        for table in (self.chunk_of_slot, self.last_used, self.slot_of_chunk):
+            table.fill_(-1)
+        beyond = torch.arange(self.last_used.shape[-1], device=slots.device) >= slots[:, None]
+        self.last_used.masked_fill_(beyond[:, None], NEVER_FREE)
+
+
+class SparseGroup(Group):
+    """Rows that attend `[outliers | local | generated | selected chunks]` of their prompt.
+
+    A subclass says which chunks a step selects (`select`), how their keys come to the buffer
+    (`load_keys`), and which tokens are outliers (`outlier_tokens`).
+    """
+
+    def __init__(self, rows: Sequence[Row], store: PromptStore, new_tokens: int) -> None:
+        super().__init__(rows, store, new_tokens)
+        self.specs: list[SparseSpec] = [_sparse(row.spec) for row in rows]
+        self.chunk_size = self.specs[0].chunk_size
+        device, heads, dim = store.device, self.shape.num_kv_heads, self.shape.head_dim
+        kept = [self.kept(spec, store.prompt_tokens) for spec in self.specs]
+        # A shorter prompt may have a longer remainder after its last whole chunk.
+        local = max(k.local_tokens for k in kept) + self.chunk_size
+        self.capacities = [max(k.outlier_tokens for k in kept), local, new_tokens]
+        self.fixed = sum(self.capacities)
+        self.max_chunks = max(k.selected_chunks for k in kept)
+        slots = [self.slots(s, k) for s, k in zip(self.specs, kept, strict=True)]
+        key_slots, value_slots = (max(s[i] for s in slots) for i in (0, 1))
+        self.one_table = all(k == v for k, v in slots)
+        count, chunks = len(rows), store.prompt_tokens // self.chunk_size
+
+        def space(buffer: int) -> list[Tensor]:
+            size = (count, heads, self.fixed + buffer * self.chunk_size, dim)
+            return [
+                torch.zeros(size, dtype=store.dtype, device=device)
+                for _ in range(self.shape.num_layers)
+            ]
+
+        self.keys, self.values = space(key_slots), space(value_slots)
+        layers = range(self.shape.num_layers)
+        self.key_tables = [Residency.empty(count, heads, key_slots, chunks, device) for _ in layers]
+        self.value_tables = (
+            self.key_tables
+            if self.one_table
+            else [Residency.empty(count, heads, value_slots, chunks, device) for _ in layers]
+        )
+
+        def per_row() -> Tensor:
+            return torch.zeros(count, dtype=torch.int32, device=device)
+
+        self.budget_chunks, self.num_chunks = per_row(), per_row()
+        self.outlier_lengths, self.local_lengths = per_row(), per_row()
+        self.key_slot_counts, self.value_slot_counts = per_row(), per_row()
+        self.row_kept: list[Kept] = kept
+        self.fetched = torch.zeros(count, dtype=torch.int64, device=device)
+        self.selected = torch.zeros(count, dtype=torch.int64, device=device)
+
+    def kept(self, spec: SparseSpec, prompt_tokens: int) -> Kept:
+        """What the method attends of a prompt; selected, outlier and local tokens."""
+        return spec.keeps(prompt_tokens)
+
+    def slots(self, spec: SparseSpec, kept: Kept) -> tuple[int, int]:
+        """Slots of the key and value buffers."""
+        count = buffer_slots(kept.selected_chunks, 1.0)
+        return count, count
+
+    @abstractmethod
+    def select(self, layer: int, q: Tensor, scale: float) -> Tensor:
+        """Choose this step's chunks: int32 [R, Hk, N] ascending, then -1."""
+
+    @abstractmethod
+    def load_keys(self, layer: int, ids: Tensor, slots: Tensor, misses: Tensor) -> None:
+        """Bring the keys of missing chunks into the key buffer."""
+
+    @abstractmethod
+    def load_values(self, layer: int, ids: Tensor, slots: Tensor, misses: Tensor) -> None:
+        """Bring the values of missing chunks into the value buffer."""
+
+    @abstractmethod
+    def outlier_tokens(self, layer: int, row: int, prompt: Prompt, k: Tensor) -> Tensor:
+        """Token ids [Hk, n] of the outliers of a row, ascending, n as `kept` says."""
+
+    def begin(self, prompt: Prompt) -> None:
+        for row in self.rows_of(prompt.index):
+            kept = self.kept(self.specs[row], prompt.tokens)
+            self.row_kept[row] = kept
+            key_slots, value_slots = self.slots(self.specs[row], kept)
+            self.budget_chunks[row] = kept.selected_chunks
+            self.num_chunks[row] = (prompt.tokens - kept.local_tokens) // self.chunk_size
+            self.outlier_lengths[row] = kept.outlier_tokens
+            self.local_lengths[row] = kept.local_tokens
+            self.key_slot_counts[row] = key_slots
+            self.value_slot_counts[row] = value_slots
+        super().begin(prompt)
+
+    def prefill_layer(self, layer: int, prompt: Prompt, q: Tensor, k: Tensor, v: Tensor) -> None:
+        for row in self.rows_of(prompt.index):
+            kept = self.row_kept[row]
+            tokens = self.outlier_tokens(layer, row, prompt, k)
+            index = tokens[..., None].expand(-1, -1, k.shape[-1])
+            start = self.capacities[0]
+            for space, source in ((self.keys[layer], k), (self.values[layer], v)):
+                space[row, :, : tokens.shape[1]] = source.gather(1, index)
+                local = source[:, prompt.tokens - kept.local_tokens :]
+                space[row, :, start : start + kept.local_tokens] = local
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        rows = torch.arange(len(self.rows), device=k.device)
+        last = (self.capacities[0] + self.capacities[1] + self.generated - 1).long()
+        self.keys[layer][rows, :, last] = k
+        self.values[layer][rows, :, last] = v
+
+    def buffer(self, space: Tensor) -> Tensor:
+        """The slots behind the fixed part of an address space: [R, Hk, B, c, D]."""
+        return space[:, :, self.fixed :].unflatten(2, (-1, self.chunk_size))
+
+    def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
+        if self.max_chunks:
+            ids = self.select(layer, q, scale)
+            value_slots, misses = self._place(self.value_tables[layer], ids)
+            self._count(ids, misses)
+            self.load_values(layer, ids, value_slots, misses)
+            key_slots = value_slots
+            if not self.one_table:
+                key_slots, misses = self._place(self.key_tables[layer], ids)
+            self.load_keys(layer, ids, key_slots, misses)
+        else:
+            none = (len(self.rows), self.shape.num_kv_heads, 0)
+            key_slots = value_slots = self.generated.new_empty(none)
+        out, _ = ops.sparse_attention(
+            q,
+            self.keys[layer],
+            self.values[layer],
+            key_slots,
+            value_slots,
+            torch.stack((self.outlier_lengths, self.local_lengths, self.generated), 1),
+            self.capacities,
+            self.chunk_size,
+            scale,
+        )
+        return out
+
+    def _place(self, table: Residency, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.update_residency(
+            ids, self.generated, table.chunk_of_slot, table.last_used, table.slot_of_chunk
+        )
+
+    def _count(self, ids: Tensor, misses: Tensor) -> None:
+        if self.steps > 1:
+            self.fetched += misses.sum((1, 2))
+            self.selected += (ids >= 0).sum((1, 2))
+
+    def reset(self) -> None:
+        super().reset()
+        self.fetched.zero_()
+        self.selected.zero_()
+        for table in self.key_tables:
+            table.clear(self.key_slot_counts)
+        if not self.one_table:
+            for table in self.value_tables:
+                table.clear(self.value_slot_counts)
+
+    def audit(self, row: int, generated_tokens: int) -> dict[str, Any]:
+        kept, selected = self.row_kept[row], int(self.selected[row])
+        return {
+            "attended_tokens": kept.tokens + generated_tokens,
+            "selected": kept.selected_tokens,
+            "outlier": kept.outlier_tokens,
+            "local": kept.local_tokens,
+            "generated": generated_tokens,
+            "hit_rate": 1 - int(self.fetched[row]) / selected if selected else None,
+        }
+
+
+def _sparse(spec: object) -> SparseSpec:
+    assert isinstance(spec, SparseSpec), f"{spec} is no sparse method"
+    return spec

@@ -1,0 +1,185 @@
+"""Load a Hugging Face decoder and what the program must know of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import logging as transformers_logging
+
+from shadowkv_cli.config import MethodSpec, ModelShape
+from shadowkv_cli.errors import ShadowKVError, UsageError
+from shadowkv_cli.model.demo import demo_config, random_demo_model
+from shadowkv_cli.model.rotary import attention_modules, is_interleaved
+from shadowkv_cli.run_config import ModelChoice
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode, with the facts that runs are checked against."""
+
+    model: PreTrainedModel
+    name: str
+    shape: ModelShape
+    dtype: torch.dtype
+    device: torch.device
+    eos_ids: frozenset[int]
+    max_positions: int
+    interleaved: bool
+    fingerprint: str
+    random_weights: bool
+
+    def check(self, specs: list[MethodSpec], total_tokens: int) -> None:
+        """Raise UsageError where a method or a length is impossible for the model."""
+        for spec in specs:
+            spec.check_model(self.shape)
+        if total_tokens > self.max_positions:
+            raise UsageError(
+                f"The context of {total_tokens} tokens does not fit {self.name}, which has "
+                f"max_position_embeddings {self.max_positions}: use a shorter --context-length."
+            )
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn `auto`, `cpu`, `cuda` or `cuda:N` into a device. Raises UsageError where it is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"'{name}' is no device: use cpu, cuda, cuda:N or auto.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"'{name}' is no device this tool runs on: use cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"There is no {name} here: `shadowkv doctor` lists what is.")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Turn `auto` into bfloat16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name]
+
+
+def _from_pretrained(choice: ModelChoice, dtype: torch.dtype) -> PreTrainedModel:
+    """Load from the hub or a folder; every known way to fail becomes one line."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    name, trust = choice.name, choice.trust_remote_code
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            revision=choice.revision or "main",
+            trust_remote_code=trust,
+            local_files_only=choice.offline,
+            # Anything but safetensors is unpickled, which runs code.
+            use_safetensors=None if trust else True,
+        )
+    except GatedRepoError:
+        raise ShadowKVError(
+            f"The model {name} is gated: accept its licence on the hub, then run "
+            "`huggingface-cli login`."
+        ) from None
+    except RepositoryNotFoundError:
+        raise UsageError(
+            f"There is no model {name} on the hub, nor a folder of that name."
+        ) from None
+    except HfHubHTTPError as error:
+        raise ShadowKVError(f"The hub refused {name}: {error}") from None
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ShadowKVError(
+            f"Cannot load the model {name}: {reason} (a folder with config.json and safetensors, a "
+            "hub id with the hub in reach, or `demo`)"
+        ) from None
+
+
+def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
+    ids = model.generation_config.eos_token_id if model.generation_config else None
+    if ids is None:
+        ids = model.config.eos_token_id
+    return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """Tell other weights or another configuration apart: a hash of both, the weights sampled."""
+    config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
+    for volatile in ("transformers_version", "dtype", "torch_dtype"):
+        config.pop(volatile, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, weight in sorted(model.named_parameters()):
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+        digest.update(f"{name}{list(weight.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def describe(model: PreTrainedModel, name: str, *, random_weights: bool = False) -> LoadedModel:
+    """Gather what the program must know of a model that is in memory.
+
+    Raises UsageError for an architecture that methods can't serve.
+    """
+    model = model.eval()
+    attention = attention_modules(model)
+    config = model.config.get_text_config()
+    dtype = next(model.parameters()).dtype
+    shape = ModelShape(
+        num_layers=len(attention),
+        num_q_heads=config.num_attention_heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head_dim=attention[0].head_dim,
+        element_bytes=dtype.itemsize,
+    )
+    return LoadedModel(
+        model=model,
+        name=name,
+        shape=shape,
+        dtype=dtype,
+        device=next(model.parameters()).device,
+        eos_ids=_eos_ids(model),
+        max_positions=config.max_position_embeddings,
+        interleaved=is_interleaved(model),
+        fingerprint=_fingerprint(model),
+        random_weights=random_weights,
+    )
+
+
+def load_model(choice: ModelChoice) -> LoadedModel:
+    """Load `demo`, a folder or a hub model.
+
+    Raises:
+        UsageError: an unknown device or model, or an architecture that methods can't serve.
+        ShadowKVError: gated, unreachable or broken.
+    """
+    name = choice.name
+    where = resolve_device(choice.device)
+    precision = resolve_dtype(choice.dtype, where)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    random_weights = name == "demo"
+    if random_weights:
+        from shadowkv_cli.tasks.tokenization import load_tokenizer
+
+        tokenizer: Any = load_tokenizer("demo")
+        model = random_demo_model(
+            demo_config(
+                len(tokenizer),
+                tokenizer.bos_token_id,
+                tokenizer.eos_token_id,
+                tokenizer.pad_token_id,
+            )
+        ).to(precision)
+    else:
+        if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+            raise UsageError(f"The folder {name} holds no model: it has no config.json.")
+        model = _from_pretrained(choice, precision)
+    return describe(model.to(where), name, random_weights=random_weights)

@@ -1,0 +1,262 @@
+"""One model, one store, many rows: prefill prompts once, then decode all rows as one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from shadowkv_cli.config import MethodSpec
+from shadowkv_cli.errors import ShadowKVError
+from shadowkv_cli.methods import Group, Prompt, PromptStore, RotaryTables, Row, build_groups
+from shadowkv_cli.model import exact_attention
+from shadowkv_cli.model.loading import LoadedModel
+from shadowkv_cli.model.patches import attached
+from shadowkv_cli.model.rotary import compute_table, rotary_module
+
+ROW_BUCKET = 8
+
+
+class MethodFailure(ShadowKVError):
+    """Something failed in the rows of some methods; one of the `suspects` did it."""
+
+    def __init__(self, suspects: Sequence[MethodSpec], reason: str) -> None:
+        super().__init__(reason)
+        self.suspects = list(dict.fromkeys(suspects))
+
+
+class _PassingLayer(CacheLayerMixin):
+    """A cache layer that only tells transformers how many tokens came before."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.tokens + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.tokens
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def _specs_of(group: Group, rows: Iterable[int]) -> list[MethodSpec]:
+    return [group.rows[row].spec for row in rows]
+
+
+def row_bucket(rows: int) -> int:
+    """Rows that a batch is padded to: 8, 16, 32, …"""
+    size = ROW_BUCKET
+    while size < rows:
+        size *= 2
+    return size
+
+
+class Session:
+    """Rows of methods on prompts, with room for prompts of a length and answers of a length.
+
+    Rows are ordered prompt by prompt: row p * len(specs) + s is method s on prompt p.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        specs: Sequence[MethodSpec],
+        *,
+        prompt_tokens: int,
+        new_tokens: int,
+        num_prompts: int = 1,
+        backend: str = "auto",
+        merge_cells: bool = True,
+    ) -> None:
+        self.loaded = loaded
+        self.specs = list(specs)
+        self.num_prompts = num_prompts
+        self.new_tokens = new_tokens
+        # The first answer token comes from the prefill, so it is appended with the second.
+        self.store = PromptStore(
+            loaded.shape,
+            specs,
+            num_prompts=num_prompts,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            dtype=loaded.dtype,
+            device=loaded.device,
+        )
+        rows = [Row(spec, p) for p in range(num_prompts) for spec in specs]
+        self.groups = build_groups(rows, self.store, new_tokens, merge_cells=merge_cells)
+        self.decoding: list[tuple[list[int], Group]] = self.groups
+        self.num_rows = len(rows)
+        self.bucket = row_bucket(self.num_rows)
+        self.row_prompt = torch.tensor([row.prompt_index for row in rows], device=loaded.device)
+        self.lengths = torch.zeros(num_prompts, dtype=torch.long, device=loaded.device)
+        self.backend_asked, self.backend = backend, ""
+        self._prompt: Prompt | None = None
+        self._tables: dict[tuple[float, ...], int] = {}
+
+    def focus(self, spec: MethodSpec) -> None:
+        """Decode one cell alone from now on, unpadded; needs a session that merges no cells."""
+        group = next(group for _, group in self.groups if group.rows[0].spec == spec)
+        self.num_rows = self.bucket = len(group.rows)
+        assert self.num_rows == self.num_prompts, "the cells of this session are merged"
+        self.decoding = [(list(range(self.num_rows)), group)]
+        self.row_prompt = group.prompt_index.long()
+        group.reset()
+
+    def set_prompt(self, prompt: Prompt) -> None:
+        """Take note of a prompt's length, give it a rotary table, and let the methods get ready."""
+        self.lengths[prompt.index] = prompt.tokens
+        self._ensure_table(prompt)
+        for _, group in self.groups:
+            group.begin(prompt)
+
+    def _ensure_table(self, prompt: Prompt) -> None:
+        """Compute the prompt's table, or find the one that has the same frequencies."""
+        total = self.store.prompt_tokens + self.new_tokens
+        loaded = self.loaded
+        cos, sin = compute_table(
+            rotary_module(loaded.model), prompt.tokens, total, loaded.dtype, loaded.device
+        )
+        probe = tuple(torch.cat((cos[min(1, total - 1)], cos[-1], sin[-1])).tolist())
+        tables = self.store.tables
+        if tables is None:
+            index = torch.zeros(self.num_prompts, dtype=torch.int32, device=loaded.device)
+            tables = RotaryTables(cos[None], sin[None], index, loaded.interleaved)
+            self._tables[probe] = 0
+        elif probe not in self._tables:
+            self._tables[probe] = tables.cos.shape[0]
+            tables.cos = torch.cat((tables.cos, cos[None]))
+            tables.sin = torch.cat((tables.sin, sin[None]))
+        tables.index[prompt.index] = self._tables[probe]
+        self.store.tables = tables
+
+    def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [rows, tokens, D'] for the model, from the fixed tables."""
+        tables = self.store.tables
+        assert tables is not None
+        if self._prompt is not None:
+            table = tables.index[self._prompt.index].long().expand(position_ids.shape[0])
+        else:
+            table = torch.zeros(position_ids.shape[0], dtype=torch.long, device=tables.cos.device)
+            table[: self.num_rows] = tables.index[self.row_prompt].long()
+        return tables.cos[table[:, None], position_ids], tables.sin[table[:, None], position_ids]
+
+    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Serve one layer: the whole prompt while prefilling, else one token of every row."""
+        if self._prompt is None:
+            return self._decode_layer(layer, q, k, v, scale)
+        out = exact_attention.attend(self.backend, q, k, v, scale)
+        self.store.add_layer(layer, self._prompt, k[0], v[0])
+        for _, group in self.groups:
+            group.prefill_layer(layer, self._prompt, q[0], k[0], v[0])
+        return out
+
+    def _decode_layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        out = torch.zeros_like(q)
+        for places, group in self.decoding:
+            index = torch.tensor(places, device=q.device)
+            try:
+                group.append(layer, k[index, :, 0], v[index, :, 0])
+                out[index, :, 0] = group.attend(layer, q[index, :, 0], scale)
+            except (RuntimeError, ValueError) as error:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                raise MethodFailure(_specs_of(group, range(len(places))), reason) from error
+        return out
+
+    def _forward(self, ids: Tensor, positions: Tensor, before: int) -> Tensor:
+        """Logits of the last token of each row, float32 [rows, V]."""
+        layers = [_PassingLayer(before) for _ in range(self.loaded.shape.num_layers)]
+        with attached(self.loaded.model, self):
+            out = self.loaded.model(
+                input_ids=ids,
+                position_ids=positions,
+                past_key_values=Cache(layers=layers),
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return out.logits[:, -1].float()
+
+    @torch.inference_mode()
+    def prefill(self, ids: Sequence[int], *, index: int = 0, key: str = "") -> Tensor:
+        """Run a prompt once and let every method take it in; logits [V] of its last token."""
+        shape, device = self.loaded.shape, self.loaded.device
+        heads = (shape.num_q_heads, shape.num_kv_heads, shape.head_dim)
+        self.backend = exact_attention.choose(
+            self.backend_asked, device, self.loaded.dtype, heads, self.store.prompt_tokens
+        )
+        prompt = Prompt(index, len(ids), key)
+        self.set_prompt(prompt)
+        self._prompt = prompt
+        try:
+            tokens = torch.tensor(list(ids), device=device)[None]
+            positions = torch.arange(len(ids), device=device)[None]
+            return self._forward(tokens, positions, 0)[0]
+        finally:
+            self._prompt = None
+
+    @torch.inference_mode()
+    def decode_step(self, tokens: Tensor) -> Tensor:
+        """Feed each row its last token: int64 [R] to logits [R, V]."""
+        for _, group in self.decoding:
+            group.step()
+        padded = torch.zeros(self.bucket, 1, dtype=torch.long, device=tokens.device)
+        padded[: self.num_rows, 0] = tokens
+        positions = torch.zeros_like(padded)
+        steps = self.decoding[0][1].steps
+        positions[: self.num_rows, 0] = self.lengths[self.row_prompt] + steps - 1
+        logits = self._forward(padded, positions, int(positions.max()))[: self.num_rows]
+        finite = torch.isfinite(logits).all(-1).tolist()
+        for places, group in self.decoding:
+            broken = [i for i, place in enumerate(places) if not finite[place]]
+            if broken:
+                raise MethodFailure(_specs_of(group, broken), "the logits are not finite")
+        return logits
+
+    def reset(self) -> None:
+        """Back to the end of the prefill."""
+        for _, group in self.groups:
+            group.reset()
+
+    def generate(
+        self, first: Tensor, max_new_tokens: Sequence[int], eos_ids: frozenset[int]
+    ) -> list[list[int]]:
+        """Decode greedily until every row has ended.
+
+        Args:
+            first: int64 [R], the first answer token of each row, from the prefill.
+            max_new_tokens: per row, at most the session's `new_tokens`.
+            eos_ids: any of these ends an answer.
+
+        Returns:
+            The tokens of each row's answer, the one that ended it included.
+        """
+        answers: list[list[int]] = [[] for _ in range(self.num_rows)]
+        open_rows = set(range(self.num_rows))
+        tokens = first
+        while True:
+            for row, token in enumerate(tokens.tolist()):
+                if row in open_rows:
+                    answers[row].append(token)
+                    if token in eos_ids or len(answers[row]) >= max_new_tokens[row]:
+                        open_rows.discard(row)
+            if not open_rows:
+                return answers
+            tokens = self.decode_step(tokens).argmax(-1)
+
+    def audit(self, row: int, generated_tokens: int) -> dict[str, object]:
+        """The budget audit of a row, see `Group.audit`."""
+        for places, group in self.decoding:
+            if row in places:
+                return group.audit(places.index(row), generated_tokens)
+        raise IndexError(row)

@@ -1,0 +1,23 @@
+"""The ops of ShadowKV: schema, fake and torch reference; a compiled library may add CUDA.
+
+Shapes: R rows (one method on one prompt each), P prompts, Hq query heads, Hk KV heads, G = Hq / Hk,
+D head dimension, C chunks of c tokens, L landmarks per chunk, N selected chunks, S prompt tokens.
+"""
+
+from shadowkv_cli.ops.build_landmarks import build_landmarks
+from shadowkv_cli.ops.fetch_values import fetch_values
+from shadowkv_cli.ops.full_attention import full_attention
+from shadowkv_cli.ops.rebuild_keys import rebuild_keys
+from shadowkv_cli.ops.select_chunks import select_chunks
+from shadowkv_cli.ops.sparse_attention import sparse_attention
+from shadowkv_cli.ops.update_residency import update_residency
+
+__all__ = [
+    "build_landmarks",
+    "fetch_values",
+    "full_attention",
+    "rebuild_keys",
+    "select_chunks",
+    "sparse_attention",
+    "update_residency",
+]

@@ -1,0 +1,51 @@
+"""Bring the values of missing chunks into the buffer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shadowkv_cli.ops.library import check, define
+
+
+def _reference(
+    values: Tensor, prompt_index: Tensor, ids: Tensor, slots: Tensor, misses: Tensor, buffer: Tensor
+) -> None:
+    check(
+        values.shape[-2:] == buffer.shape[-2:],
+        "fetch_values",
+        f"values hold chunks of {list(values.shape[-2:])}, buffer {list(buffer.shape[-2:])}",
+    )
+    row, head, place = misses.nonzero(as_tuple=True)
+    where = (prompt_index[row].long(), head, ids[row, head, place].long())
+    if values.device != buffer.device:
+        where = tuple(index.to(values.device) for index in where)
+    buffer[row, head, slots[row, head, place].long()] = values[where].to(buffer.device)
+
+
+def _fake(values, prompt_index, ids, slots, misses, buffer):
+    return None
+
+
+define(
+    "fetch_values(Tensor values, Tensor prompt_index, Tensor ids, Tensor slots, Tensor misses, "
+    "Tensor(a!) buffer) -> ()",
+    _reference,
+    _fake,
+)
+
+
+def fetch_values(
+    values: Tensor, prompt_index: Tensor, ids: Tensor, slots: Tensor, misses: Tensor, buffer: Tensor
+) -> None:
+    """Copy missing chunks from the prompt's values to their slots, across the bus where need be.
+
+    Args:
+        values: [P, Hk, C, c, D] beside the model, or in pinned host memory.
+        prompt_index: int32 [R].
+        ids: int32 [R, Hk, N], chunk ids.
+        slots: int32 [R, Hk, N], their slots.
+        misses: bool [R, Hk, N], true where a chunk is to be copied.
+        buffer: [R, Hk, B, c, D], changed in place.
+    """
+    torch.ops.shadowkv.fetch_values(values, prompt_index, ids, slots, misses, buffer)

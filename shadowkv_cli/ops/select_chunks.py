@@ -1,0 +1,111 @@
+"""Which chunks a decoded token attends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shadowkv_cli.ops.library import check, define
+
+
+def landmark_scores(query: Tensor, landmarks: Tensor, prompt_index: Tensor, scale: float) -> Tensor:
+    """Logits of every chunk per query head, float32 [R, Hk, G, C]: logsumexp of its landmarks'."""
+    rows, q_heads, dim = query.shape
+    prompts, heads, chunks, per_chunk, _ = landmarks.shape
+    grouped = query.reshape(rows, heads, q_heads // heads, dim)
+    scores = query.new_empty(rows, heads, q_heads // heads, chunks, dtype=torch.float32)
+    for prompt in range(prompts):
+        of_prompt = slice(None) if prompts == 1 else (prompt_index == prompt).nonzero()[:, 0]
+        folded = grouped[of_prompt].transpose(0, 1).flatten(1, 2)  # [Hk, R*G, D]
+        flat = landmarks[prompt].flatten(1, 2)  # [Hk, C*L, D]
+        logits = torch.matmul(folded, flat.transpose(1, 2)).float() * scale
+        if per_chunk > 1:
+            logits = logits.unflatten(-1, (chunks, per_chunk)).logsumexp(-1)
+        scores[of_prompt] = logits.unflatten(1, (-1, q_heads // heads)).transpose(0, 1)
+    return scores
+
+
+def top_chunks(scores: Tensor, budget_chunks: Tensor, max_chunks: int) -> Tensor:
+    """The ids of each row's best chunks, int32 [R, Hk, N], ascending, then -1.
+
+    Args:
+        scores: [R, Hk, C]; minus infinity where a chunk must not be chosen.
+        budget_chunks: int32 [R], chunks wanted per row.
+        max_chunks: N, the most that any row wants.
+    """
+    chunks = scores.shape[-1]
+    best, ids = scores.topk(min(max_chunks, chunks), dim=-1)
+    rank = torch.arange(ids.shape[-1], device=ids.device)
+    unwanted = (rank >= budget_chunks[:, None, None]) | torch.isneginf(best)
+    ids = ids.masked_fill(unwanted, chunks).sort(-1).values
+    ids = ids.masked_fill(ids == chunks, -1).to(torch.int32)
+    if ids.shape[-1] < max_chunks:
+        ids = torch.nn.functional.pad(ids, (0, max_chunks - ids.shape[-1]), value=-1)
+    return ids
+
+
+def _reference(
+    query: Tensor,
+    landmarks: Tensor,
+    prompt_index: Tensor,
+    num_chunks: Tensor,
+    excluded: Tensor,
+    budget_chunks: Tensor,
+    max_chunks: int,
+    scale: float,
+) -> Tensor:
+    heads, chunks = landmarks.shape[1:3]
+    op, q_heads = "select_chunks", query.shape[1]
+    check(q_heads % heads == 0, op, f"{q_heads} query heads do not share {heads} KV heads")
+    check(excluded.shape[1:] == (heads, chunks), op, f"excluded must be [R, {heads}, {chunks}]")
+    scores = landmark_scores(query, landmarks, prompt_index, scale)
+    beyond = torch.arange(chunks, device=query.device) >= num_chunks[:, None]
+    barred = excluded | beyond[:, None]
+    scores = scores.masked_fill(barred[:, :, None], float("-inf"))
+    # The logarithm of the softmax has its order and does not underflow into ties.
+    return top_chunks(scores.log_softmax(-1).amax(2), budget_chunks, max_chunks)
+
+
+def _fake(query, landmarks, prompt_index, num_chunks, excluded, budget_chunks, max_chunks, scale):
+    shape = (query.shape[0], landmarks.shape[1], max_chunks)
+    return query.new_empty(shape, dtype=torch.int32)
+
+
+define(
+    "select_chunks(Tensor query, Tensor landmarks, Tensor prompt_index, Tensor num_chunks, "
+    "Tensor excluded, Tensor budget_chunks, int max_chunks, float scale) -> Tensor",
+    _reference,
+    _fake,
+)
+
+
+def select_chunks(
+    query: Tensor,
+    landmarks: Tensor,
+    prompt_index: Tensor,
+    num_chunks: Tensor,
+    excluded: Tensor,
+    budget_chunks: Tensor,
+    max_chunks: int,
+    scale: float,
+) -> Tensor:
+    """Select the chunks whose landmarks draw most attention (paper, Algorithm 2).
+
+    Softmax over chunks per query head, maximum over the query heads of a KV head, then top k.
+
+    Args:
+        query: [R, Hq, D].
+        landmarks: [P, Hk, C, L, D]; the L logits of a chunk are combined by logsumexp.
+        prompt_index: int32 [R], the prompt of each row.
+        num_chunks: int32 [R], chunks of a row's prompt that may be chosen: the first so many.
+        excluded: bool [R, Hk, C], chunks that are attended anyway (outliers).
+        budget_chunks: int32 [R], chunks wanted.
+        max_chunks: N, the most that any row wants.
+        scale: of the logits.
+
+    Returns:
+        int32 [R, Hk, N]: unique ids in ascending order, then -1 where fewer were wanted or exist.
+    """
+    return torch.ops.shadowkv.select_chunks(
+        query, landmarks, prompt_index, num_chunks, excluded, budget_chunks, max_chunks, scale
+    )

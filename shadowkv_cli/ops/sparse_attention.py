@@ -1,0 +1,110 @@
+"""Attention of one decoded token over what a sparse method has at hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shadowkv_cli.ops.library import check, define
+
+
+def _in_use(lengths: Tensor, capacities: list[int]) -> Tensor:
+    """True where the fixed part of a row's address space is filled, bool [R, sum of capacities]."""
+    parts = [
+        torch.arange(capacity, device=lengths.device) < lengths[:, i, None]
+        for i, capacity in enumerate(capacities)
+    ]
+    return torch.cat(parts, 1)
+
+
+def _gather(space: Tensor, slots: Tensor, fixed: int, chunk_size: int) -> Tensor:
+    """The chunks in the given slots, in their order: [R, Hk, N * c, D]."""
+    rows, heads, _, dim = space.shape
+    buffer = space[:, :, fixed:].unflatten(2, (-1, chunk_size))  # [R, Hk, B, c, D]
+    row = torch.arange(rows, device=space.device)[:, None, None]
+    head = torch.arange(heads, device=space.device)[:, None]
+    return buffer[row, head, slots.clamp_min(0).long()].reshape(rows, heads, -1, dim)
+
+
+def _reference(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_slots: Tensor,
+    value_slots: Tensor,
+    lengths: Tensor,
+    capacities: list[int],
+    chunk_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    rows, q_heads, dim = query.shape
+    heads, fixed = keys.shape[1], sum(capacities)
+    check(
+        lengths.shape == (rows, len(capacities)),
+        "sparse_attention",
+        f"lengths must be [{rows}, {len(capacities)}], got {list(lengths.shape)}",
+    )
+    grouped = query.view(rows, heads, q_heads // heads, dim)
+    scores = torch.matmul(grouped, keys[:, :, :fixed].transpose(2, 3)).float()
+    scores.masked_fill_(~_in_use(lengths, capacities)[:, None, None], float("-inf"))
+    if chosen := key_slots.shape[-1]:
+        selected = torch.matmul(
+            grouped, _gather(keys, key_slots, fixed, chunk_size).transpose(2, 3)
+        ).float()
+        empty = (key_slots < 0).repeat_interleave(chunk_size, -1)
+        scores = torch.cat((scores, selected.masked_fill_(empty[:, :, None], float("-inf"))), -1)
+    scores *= scale
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp().to(values.dtype)
+    out = torch.matmul(weights[..., :fixed], values[:, :, :fixed])
+    if chosen:
+        attended = _gather(values, value_slots, fixed, chunk_size)
+        out = out + torch.matmul(weights[..., fixed:], attended)
+    return out.reshape(rows, q_heads, dim), lse.reshape(rows, q_heads)
+
+
+def _fake(
+    query, keys, values, key_slots, value_slots, lengths, capacities, chunk_size, scale
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
+
+
+define(
+    "sparse_attention(Tensor query, Tensor keys, Tensor values, Tensor key_slots, "
+    "Tensor value_slots, Tensor lengths, int[] capacities, int chunk_size, float scale) "
+    "-> (Tensor, Tensor)",
+    _reference,
+    _fake,
+)
+
+
+def sparse_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_slots: Tensor,
+    value_slots: Tensor,
+    lengths: Tensor,
+    capacities: list[int],
+    chunk_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attend over `[outliers | local | generated]` and the selected slots behind them.
+
+    Args:
+        query: [R, Hq, D].
+        keys: [R, Hk, F + Bk * c, D]: a fixed part of F = sum(capacities) tokens, then slots.
+        values: [R, Hk, F + Bv * c, D]: the same with slots of its own.
+        key_slots, value_slots: int32 [R, Hk, N], slots of the selected chunks in the order of
+            their ids (so that the sum does not depend on where they lie); -1 where there is none.
+        lengths: int32 [R, 3], tokens in use of each section of the fixed part.
+        capacities: tokens that each section of the fixed part holds.
+        chunk_size: c.
+        scale: of the logits.
+
+    Returns:
+        [R, Hq, D], and the log-sum-exp of the scaled logits, float32 [R, Hq].
+    """
+    return torch.ops.shadowkv.sparse_attention(
+        query, keys, values, key_slots, value_slots, lengths, capacities, chunk_size, scale
+    )

@@ -1,0 +1,278 @@
+"""Groups of options that several commands share: a dataclass each, spread over the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from shadowkv_cli.config import MethodSpec, build_specs, grid, parse_token_count, split_list
+from shadowkv_cli.options import (
+    ConfigOption,
+    DataOption,
+    DryRunOption,
+    JsonOption,
+    OfflineOption,
+    TasksOption,
+    TrustOption,
+)
+from shadowkv_cli.run_config import (
+    AttentionBackend,
+    BenchSettings,
+    EvalConfig,
+    ModelChoice,
+    State,
+    default_output,
+)
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take whole groups: each parameter that is a group becomes its fields' options."""
+    signature = inspect.signature(command, eval_str=True)
+    groups = {
+        name: parameter.annotation
+        for name, parameter in signature.parameters.items()
+        if dataclasses.is_dataclass(parameter.annotation)
+    }
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        for name, group in groups.items():
+            fields = [field.name for field in dataclasses.fields(group)]
+            values[name] = group(**{field: values.pop(field) for field in fields})
+        command(**values)
+
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in signature.parameters.items():
+        if name in groups:
+            parameters += _options_of(groups[name])
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+    del run.__wrapped__  # type: ignore[attr-defined]
+    return run
+
+
+def _options_of(group: type) -> Iterable[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    for field in dataclasses.fields(group):
+        missing = field.default is dataclasses.MISSING
+        yield inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if missing else field.default,
+            annotation=hints[field.name],
+        )
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it runs."""
+
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="HUB_ID|PATH|demo",
+            help="A Hugging Face model, its folder, or `demo`, which comes along.",
+        ),
+    ]
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Precision; auto: bfloat16 on a GPU, float32 on a CPU."),
+    ] = "auto"
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda or cuda:N; auto takes a GPU where there is one.")
+    ] = "auto"
+    attention_backend: Annotated[
+        AttentionBackend,
+        typer.Option(help="Exact attention of the prefill; auto times what is installed, once."),
+    ] = "auto"
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the model on the hub.")
+    ] = None
+    trust_remote_code: TrustOption = False
+    offline: OfflineOption = False
+
+    def choice(self) -> ModelChoice:
+        return ModelChoice(
+            self.model,
+            self.dtype,
+            self.device,
+            self.attention_backend,
+            self.revision,
+            self.trust_remote_code,
+            self.offline,
+        )
+
+
+def _many(help: str) -> Any:
+    return typer.Option(help=help + "; commas or repeats for several cells.")
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """Which methods, and settings that apply to each of them that has such a setting."""
+
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:key=value,…]",
+            help="full, shadowkv, oracle, random or streaming; commas or repeats. "
+            "[default: full,shadowkv]",
+        ),
+    ] = None
+    sparse_budget: Annotated[
+        list[str] | None, _many("Prompt tokens selected per step: a number, or a share like 1.5%")
+    ] = None
+    rank: Annotated[list[str] | None, _many("Rank of the low-rank keys")] = None
+    chunk_size: Annotated[list[str] | None, _many("Tokens per chunk")] = None
+    landmarks_per_chunk: Annotated[list[str] | None, _many("1 (the paper), 2 or 4")] = None
+    outlier_chunks: Annotated[
+        list[str] | None, _many("Chunks kept exactly for being badly described, or auto")
+    ] = None
+    local_chunks: Annotated[list[str] | None, _many("Chunks at the prompt's end always kept")] = (
+        None
+    )
+    dense_fallback: Annotated[
+        str | None,
+        typer.Option(
+            help="auto: prompts not longer than what is kept get full attention; never: the method."
+        ),
+    ] = None
+    value_placement: Annotated[
+        str | None, typer.Option(help="device (with the model), or host (pinned memory).")
+    ] = None
+    value_buffer: Annotated[
+        str | None,
+        typer.Option(help="Chunks of values held beside the model, as a multiple of the budget."),
+    ] = None
+    key_buffer: Annotated[str | None, typer.Option(help="The same for rebuilt keys.")] = None
+
+    def specs(self) -> list[MethodSpec]:
+        """Every combination of the settings given, applied to every method.
+
+        Raises UsageError for an unknown method or setting, or an impossible cell.
+        """
+        axes: dict[str, list[str]] = {}
+        for field in dataclasses.fields(self)[1:]:
+            value = getattr(self, field.name)
+            if value is not None:
+                axes[field.name] = split_list([value] if isinstance(value, str) else value)
+        methods = self.method or ["full", "shadowkv"]
+        return grid(methods, axes) if axes else build_specs(methods, {})
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where results go, and how the command behaves."""
+
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of the run; a name is made if left out."),
+    ] = None
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="Start over: say what is in the folder and delete it."),
+    ] = False
+    dry_run: DryRunOption = False
+    json: JsonOption = False
+    config: ConfigOption = None
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The command line, for the manifest."""
+        return ("shadowkv", *sys.argv[1:])
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which samples of which data."""
+
+    data: DataOption
+    num_samples: Annotated[
+        int | None, typer.Option(help="The first so many samples of each task.")
+    ] = None
+    tasks: TasksOption = None
+    context_length: Annotated[
+        list[str] | None, typer.Option(help="Only these lengths; commas or repeats.")
+    ] = None
+    allow_tokenizer_mismatch: Annotated[
+        bool,
+        typer.Option(
+            "--allow-tokenizer-mismatch",
+            help="Run on data that another tokenizer fitted; recorded in every row.",
+        ),
+    ] = False
+
+
+BatchSizeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Sequences decoded together: numbers, equal (full attention's largest) or auto (the "
+        "method's own largest); commas or repeats. [default: 1]"
+    ),
+]
+
+
+@dataclass(frozen=True)
+class TimingOptions:
+    """How decoding is timed."""
+
+    decode_steps: Annotated[int, typer.Option(help="Timed decode steps of each round.")] = 64
+    warmup_steps: Annotated[int, typer.Option(help="Untimed steps before them.")] = 8
+    rounds: Annotated[
+        int, typer.Option(help="Measurements of each cell; the cells take turns.")
+    ] = 6
+
+    def settings(
+        self,
+        context_lengths: Sequence[str],
+        batch_size: Sequence[str] | None,
+        state: State,
+        backend: AttentionBackend,
+        *,
+        share: bool,
+    ) -> BenchSettings:
+        return BenchSettings(
+            tuple(parse_token_count(text) for text in split_list(context_lengths)),
+            tuple(split_list(batch_size or ["1"])),
+            self.decode_steps,
+            self.warmup_steps,
+            self.rounds,
+            state,
+            share,
+            backend,
+        )
+
+
+def eval_config(
+    kind: str,
+    model: ModelOptions,
+    data: DataOptions,
+    specs: Sequence[MethodSpec],
+    run: RunOptions,
+) -> EvalConfig:
+    """Put the groups of `eval` and `sweep` together."""
+    choice = model.choice()
+    lengths = [parse_token_count(text) for text in split_list(data.context_length or [])]
+    identity = {"model": choice, "data": data.data, "cells": [spec.cell for spec in specs]}
+    return EvalConfig(
+        model=choice,
+        data=data.data,
+        specs=tuple(specs),
+        output=run.output or default_output(kind, model.model, identity),
+        tasks=tuple(split_list(data.tasks)) if data.tasks else None,
+        context_lengths=tuple(lengths) or None,
+        num_samples=data.num_samples,
+        allow_tokenizer_mismatch=data.allow_tokenizer_mismatch,
+        fresh=run.fresh,
+        command=run.command,
+    )

@@ -1,0 +1,1 @@
+"""One figure a module: `unavailable(data)`, `points(data)` for the CSV and `draw(data)`."""

@@ -1,0 +1,119 @@
+"""What a run covers and how: the configurations of eval, bench and sweep, checked when made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from shadowkv_cli.config import MethodSpec
+from shadowkv_cli.errors import UsageError
+
+AttentionBackend = Literal["auto", "flash", "cudnn", "efficient", "math", "flash-attn"]
+State = Literal["synthetic", "tokens", "prompts"]
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model, and how it runs."""
+
+    name: str
+    dtype: str = "auto"
+    device: str = "auto"
+    backend: AttentionBackend = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    offline: bool = False
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What an evaluation covers. None for tasks, lengths or samples: all that the data hold."""
+
+    model: ModelChoice
+    data: Path
+    specs: tuple[MethodSpec, ...]
+    output: Path
+    tasks: tuple[str, ...] | None = None
+    context_lengths: tuple[int, ...] | None = None
+    num_samples: int | None = None
+    allow_tokenizer_mismatch: bool = False
+    fresh: bool = False
+    command: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_samples is not None and self.num_samples < 1:
+            raise UsageError(f"--num-samples must be at least 1, not {self.num_samples}.")
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """How decoding is timed.
+
+    Attributes:
+        context_lengths: tokens of each prompt.
+        batch_rules: numbers of sequences, `equal` (full attention's largest that fits) or `auto`
+            (the method's own largest).
+        decode_steps: timed steps of a round, after `warmup_steps` untimed ones.
+        rounds: measurements of each cell; all cells take turns within a round. The interval of a
+            median needs 6 to cover 95 %.
+        state: random keys and values; or a real prefill of random tokens, or of prompts.
+        share: cells of one length and batch read one copy of the prompts' data.
+    """
+
+    context_lengths: tuple[int, ...]
+    batch_rules: tuple[str, ...] = ("1",)
+    decode_steps: int = 64
+    warmup_steps: int = 8
+    rounds: int = 6
+    state: State = "synthetic"
+    share: bool = False
+    backend: AttentionBackend = "auto"
+
+    def __post_init__(self) -> None:
+        for name, least in (("decode_steps", 1), ("rounds", 1), ("warmup_steps", 0)):
+            if getattr(self, name) < least:
+                option = "--" + name.replace("_", "-")
+                raise UsageError(f"{option} must be at least {least}, not {getattr(self, name)}.")
+        for rule in self.batch_rules:
+            if rule not in ("equal", "auto") and not (rule.isdigit() and int(rule)):
+                raise UsageError(f"Batch size '{rule}' must be a number from 1, equal or auto.")
+
+    @property
+    def new_tokens(self) -> int:
+        return self.warmup_steps + self.decode_steps
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What a benchmark covers."""
+
+    model: ModelChoice
+    specs: tuple[MethodSpec, ...]
+    settings: BenchSettings
+    output: Path
+    data: Path | None = None
+    fresh: bool = False
+    command: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.settings.state == "prompts" and self.data is None:
+            raise UsageError("--state prompts needs the folder of the prompts: add --data DIR.")
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """What a sweep covers: an evaluation of all cells, and how their throughput is measured."""
+
+    evaluation: EvalConfig
+    throughput: BenchSettings | None
+
+
+def default_output(kind: str, model: str, identity: Mapping[str, Any]) -> Path:
+    """A readable folder name that another configuration does not share."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+    short = model.rstrip("/").split("/")[-1].lower()
+    return Path("results") / f"{kind}-{short}-{digest[:8]}"

@@ -1,0 +1,73 @@
+"""The 13 tasks as data: configuration, templates and constants, read from tasks.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from shadowkv_cli.errors import unknown_name
+
+
+@dataclass(frozen=True)
+class TaskDefinition:
+    """One task.
+
+    Attributes:
+        name: as in RULER's synthetic.yaml.
+        family: which generator makes it.
+        template: the task's text with `{context}` and further fields.
+        answer_prefix: what follows the prompt, behind the assistant's header.
+        max_new_tokens: tokens that may be generated.
+        metric: a name in the registry of metrics.
+        settings: the generator's configuration.
+    """
+
+    name: str
+    family: str
+    template: str
+    answer_prefix: str
+    max_new_tokens: int
+    metric: str
+    settings: dict[str, Any]
+
+
+def read_yaml(name: str) -> Any:
+    """Read a data file of this package."""
+    import yaml
+
+    return yaml.safe_load((files(__package__) / name).read_text(encoding="utf-8"))
+
+
+@cache
+def constants() -> dict[str, Any]:
+    """tasks.yaml as it stands."""
+    data: dict[str, Any] = read_yaml("tasks.yaml")
+    return data
+
+
+@cache
+def definitions() -> dict[str, TaskDefinition]:
+    """All tasks by name, in RULER's order."""
+    result = {}
+    for name, entry in constants()["tasks"].items():
+        settings = dict(entry)
+        family = settings.pop("family")
+        shared = constants()["families"][family]
+        result[name] = TaskDefinition(name=name, family=family, settings=settings, **shared)
+    return result
+
+
+def choose_tasks(names: Iterable[str] | None) -> list[str]:
+    """The asked tasks in RULER's order, all of them for None. Raises UsageError for others."""
+    known = definitions()
+    if names is None:
+        return list(known)
+    wanted = set()
+    for name in names:
+        if name not in known:
+            raise unknown_name("task", name, known)
+        wanted.add(name)
+    return [name for name in known if name in wanted]

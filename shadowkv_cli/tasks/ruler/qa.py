@@ -1,0 +1,83 @@
+"""Question answering among distractor documents."""
+
+from __future__ import annotations
+
+from shadowkv_cli.errors import UsageError
+from shadowkv_cli.tasks.ruler.definitions import TaskDefinition, constants
+from shadowkv_cli.tasks.ruler.draws import Draw, Rendered, Workbench
+
+
+class DocumentsDraw(Draw):
+    """Question i of the set, the order in which documents join, and where each would stand.
+
+    RULER shuffles with a fixed seed, so that the gold document stands at the same place in every
+    prompt of one size. Here every document has a random key of its own and they are sorted by it:
+    a fresh uniform order per sample that keeps its shape when a document joins.
+    """
+
+    def __init__(self, bench: Workbench, task: TaskDefinition, context_length: int, index: int):
+        super().__init__(bench, task, context_length, index)
+        self.corpus = bench.sources.qa(task.settings["dataset"])
+        if index >= self.corpus.num_questions:
+            raise UsageError(
+                f"{task.name} has {self.corpus.num_questions} questions in {self.corpus.name}: "
+                f"use --num-samples {self.corpus.num_questions} or less."
+            )
+        self.item = self.corpus.item(index)
+        self.min_units = len(self.item.own)
+        rng = self.rng("documents")
+        self._rng = rng
+        self._documents = [*self.item.own, *rng.sample(self.item.more, len(self.item.more))]
+        self._keys = [rng.random() for _ in self._documents]
+        self._used = set(self._documents)
+        self._characters = [0]
+
+    def _extend(self, units: int) -> None:
+        """Draw more documents, each once before any is repeated."""
+        while len(self._documents) < units:
+            if len(self._used) >= self.corpus.num_documents:
+                self._used = set()
+            number = self._rng.randrange(self.corpus.num_documents)
+            if number in self._used:
+                continue
+            self._used.add(number)
+            self._documents.append(number)
+            self._keys.append(self._rng.random())
+
+    def render(self, units: int) -> Rendered:
+        self._extend(units)
+        order = sorted(range(units), key=lambda j: self._keys[j])
+        documents = [
+            constants()["document"].format(
+                i=place, document=self.corpus.document(self._documents[j])
+            )
+            for place, j in enumerate(order, start=1)
+        ]
+        prompt, prefix, start = self.bench.render(
+            self.task.template,
+            self.task.answer_prefix,
+            "\n\n".join(documents),
+            {"query": self.item.question},
+        )
+        return Rendered(prompt, prefix, list(self.item.answers), start)
+
+    def fixed_tokens(self) -> int:
+        return self.bench.counter.total([self.item.question])
+
+    def estimate(self, units: int) -> float:
+        """Characters: documents are counted in tokens only near the limit."""
+        self._extend(units)
+        for number in self._documents[len(self._characters) - 1 : units]:
+            size = len(self.corpus.document(number)) + len("\n\nDocument 100:\n")
+            self._characters.append(self._characters[-1] + size)
+        return self._characters[units]
+
+    def tokens_between(self, low: int, high: int, scale: float) -> float:
+        first, last = sorted((low, high))
+        self._extend(last)
+        texts = [
+            "\n\n" + constants()["document"].format(i=i + 1, document=self.corpus.document(number))
+            for i, number in enumerate(self._documents[first:last], start=first)
+        ]
+        tokens = self.bench.counter.total(texts)
+        return tokens if high >= low else -tokens

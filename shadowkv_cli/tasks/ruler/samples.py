@@ -1,0 +1,93 @@
+"""One sample of one task, from its coordinates to its row."""
+
+from __future__ import annotations
+
+from shadowkv_cli.errors import UsageError
+from shadowkv_cli.tasks.rows import Sample
+from shadowkv_cli.tasks.ruler.common_words import CommonWordsDraw
+from shadowkv_cli.tasks.ruler.definitions import definitions
+from shadowkv_cli.tasks.ruler.draws import Draw, Workbench
+from shadowkv_cli.tasks.ruler.fit import Calibration, DoesNotFit, calibrate, check_smallest, fit
+from shadowkv_cli.tasks.ruler.frequent_words import FrequentWordsDraw
+from shadowkv_cli.tasks.ruler.niah import NeedleDraw
+from shadowkv_cli.tasks.ruler.qa import DocumentsDraw
+from shadowkv_cli.tasks.ruler.variable_tracking import ChainDraw
+
+FAMILIES: dict[str, type[Draw]] = {
+    "niah": NeedleDraw,
+    "variable_tracking": ChainDraw,
+    "common_words": CommonWordsDraw,
+    "frequent_words": FrequentWordsDraw,
+    "qa": DocumentsDraw,
+}
+
+
+ROOMY = 8
+"""Above this many times the first sample's smallest size, the others' are not measured."""
+
+
+def make_draw(bench: Workbench, task: str, context_length: int, index: int) -> Draw:
+    """Draw sample `index` of a task; it depends on seed, task, length and index only."""
+    definition = definitions()[task]
+    return FAMILIES[definition.family](bench, definition, context_length, index)
+
+
+def prompt_limit(task: str, context_length: int) -> int:
+    """Tokens left for the prompt."""
+    return context_length - definitions()[task].max_new_tokens
+
+
+def calibrate_task(
+    bench: Workbench, task: str, context_length: int, num_samples: int
+) -> Calibration:
+    """Measure sample 0, and check that the length can hold the others.
+
+    Raises UsageError for a length that cannot.
+    """
+    limit = prompt_limit(task, context_length)
+    index = 0
+    try:
+        calibration = calibrate(make_draw(bench, task, context_length, 0), limit)
+        if calibration.smallest_tokens * ROOMY > limit:
+            for index in range(1, num_samples):
+                check_smallest(make_draw(bench, task, context_length, index), limit)
+    except DoesNotFit as error:
+        raise _too_short(task, context_length, index, error) from None
+    return calibration
+
+
+def make_sample(
+    bench: Workbench, task: str, context_length: int, index: int, calibration: Calibration
+) -> Sample:
+    """Make one row. Raises UsageError for a length that cannot hold the sample."""
+    definition = definitions()[task]
+    try:
+        draw = make_draw(bench, task, context_length, index)
+        fitted = fit(draw, prompt_limit(task, context_length), calibration)
+    except DoesNotFit as error:
+        raise _too_short(task, context_length, index, error) from None
+    rendered = fitted.rendered
+    return Sample(
+        id=f"{task}-{context_length}-{index}",
+        task=task,
+        index=index,
+        prompt=rendered.prompt,
+        answer_prefix=rendered.answer_prefix,
+        references=rendered.references,
+        metric=definition.metric,
+        length=fitted.prompt_tokens + definition.max_new_tokens,
+        prompt_tokens=fitted.prompt_tokens,
+        max_new_tokens=definition.max_new_tokens,
+        context_length=context_length,
+        question_start=rendered.question_start,
+        depths=rendered.depths,
+        postprocess="ruler",
+    )
+
+
+def _too_short(task: str, context_length: int, index: int, error: DoesNotFit) -> UsageError:
+    needed = error.tokens + definitions()[task].max_new_tokens
+    return UsageError(
+        f"A context length of {context_length} cannot hold sample {index} of {task}, which needs "
+        f"{needed} tokens at the least: use a longer one, or leave the task out with --tasks."
+    )

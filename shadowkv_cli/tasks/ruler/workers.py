@@ -1,0 +1,100 @@
+"""Make samples in this process or in several; the order of the rows is the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import deque
+from collections.abc import Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+from shadowkv_cli.errors import ShadowKVError
+from shadowkv_cli.tasks.rows import Sample
+from shadowkv_cli.tasks.ruler.draws import Workbench
+from shadowkv_cli.tasks.ruler.fit import Calibration
+from shadowkv_cli.tasks.ruler.samples import make_sample
+from shadowkv_cli.tasks.ruler.sources import Sources
+from shadowkv_cli.tasks.ruler.wrappers import Wrapper
+from shadowkv_cli.tasks.tokenization import load_tokenizer
+
+AHEAD = 4
+"""Samples per worker that may be made before they are written."""
+
+
+@dataclass(frozen=True)
+class TokenizerName:
+    """How to load the tokenizer again in another process."""
+
+    name: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    offline: bool = False
+
+    def load(self) -> object:
+        return load_tokenizer(
+            self.name,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            offline=self.offline,
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sample that is to be made."""
+
+    task: str
+    context_length: int
+    index: int
+    calibration: Calibration
+
+
+_bench: Workbench | None = None
+
+
+def _start_worker(tokenizer: TokenizerName, wrapper: Wrapper, sources: Sources, seed: int) -> None:
+    global _bench
+    # Ctrl-C goes to the main process, which ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _bench = Workbench(tokenizer.load(), wrapper, sources, seed)
+
+
+def _run(job: Job) -> Sample:
+    assert _bench is not None, "the worker was not started"
+    return make_sample(_bench, job.task, job.context_length, job.index, job.calibration)
+
+
+def make_samples(
+    bench: Workbench, tokenizer: TokenizerName, jobs: Iterable[Job], num_workers: int
+) -> Generator[Sample, None, None]:
+    """Yield the samples of the jobs in their order."""
+    if num_workers == 1:
+        for job in jobs:
+            yield make_sample(bench, job.task, job.context_length, job.index, job.calibration)
+        return
+    pool = ProcessPoolExecutor(
+        num_workers,
+        # A fork would copy the threads of libraries in whatever state they are.
+        mp_context=get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(tokenizer, bench.wrapper, bench.sources, bench.seed),
+    )
+    try:
+        waiting: deque[Future[Sample]] = deque()
+        for job in jobs:
+            waiting.append(pool.submit(_run, job))
+            if len(waiting) >= AHEAD * num_workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise ShadowKVError(
+            "A worker process ended unexpectedly (out of memory?): run the same command again with "
+            "a smaller --num-workers; what was written is kept."
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,70 @@
+"""Small random models of each family, for tests and for users who check their own installation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GlmConfig,
+    LlamaConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+)
+
+from shadowkv_cli.model.loading import LoadedModel, describe
+
+FAMILIES = ("llama", "qwen2", "glm", "phi3")
+"""Llama 3.1 scaling; biased projections; interleaved half rotation; longrope past its switch."""
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
+
+
+def tiny_config(family: str) -> PreTrainedConfig:
+    """A configuration with two layers, four query and two KV heads of 16."""
+    if family == "llama":
+        scaling = {
+            "rope_type": "llama3",
+            "rope_theta": 500_000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        }
+        return LlamaConfig(**_SIZES, head_dim=16, rope_parameters=scaling)
+    if family == "qwen2":
+        return Qwen2Config(**_SIZES)
+    if family == "glm":
+        return GlmConfig(**_SIZES, head_dim=16)
+    assert family == "phi3", family
+    longrope = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+        "original_max_position_embeddings": 128,
+        "partial_rotary_factor": 1.0,
+    }
+    return Phi3Config(**_SIZES, original_max_position_embeddings=128, rope_parameters=longrope)
+
+
+def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """A random model of a family, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(family)).to(dtype)
+    return describe(model, f"tiny-{family}", random_weights=True)

@@ -1,0 +1,329 @@
+"""Figures from fabricated runs: what is drawn, what is refused, and what the files say."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import random
+import subprocess
+import sys
+
+import matplotlib
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from shadowkv_cli.commands.plot import plot
+from shadowkv_cli.errors import UsageError
+from shadowkv_cli.plots import frontier_plot, parameters_plot, style
+from shadowkv_cli.plots.data import load, pretty_cell, representative_cells
+from shadowkv_cli.plotting import PLOTS, available, default_output, draw_plots
+from shadowkv_cli.results import RunFolder, read_run
+from shadowkv_cli.summary import AVERAGE, score_records, throughput_records
+
+GRID = [
+    {"sparse_budget": str(b), "rank": r, "chunk_size": c, "landmarks_per_chunk": 1}
+    for b, r, c in itertools.product((64, 128), (16, 32), (4, 8))
+]
+
+
+def label(settings):
+    return "shadowkv:" + ",".join(f"{k}={v}" for k, v in settings.items())
+
+
+CELLS = [("full", {})] + [(label(s), s) for s in GRID]
+
+
+def accuracy(settings):
+    """Of a made-up method: more budget and rank and smaller chunks score higher."""
+    if not settings:
+        return 0.9
+    return 0.15 * (
+        (settings["sparse_budget"] == "128") + settings["rank"] / 16 + 8 / settings["chunk_size"]
+    )
+
+
+def predictions(cells, samples, lengths=(4096,)):
+    for length, task, i in itertools.product(lengths, ("niah_single_1", "vt"), range(samples)):
+        draw = random.Random(f"{length}{task}{i}").random()
+        yield [
+            {
+                "id": f"{task}-{length}-{i}",
+                "task": task,
+                "context_length": length,
+                "method": cell.partition(":")[0],
+                "cell": cell,
+                "settings": settings,
+                "sparse_budget_tokens": None,
+                "pass": 0,
+                "prediction": "x",
+                "score": float(draw < accuracy(settings)),
+                "num_references": 1,
+                "dense_fallback": False,
+                "hit_rate": None,
+                "depth": 100 * i / samples if task == "niah_single_1" else None,
+                "error": None,
+            }
+            for cell, settings in cells
+        ]
+
+
+def rounds(cells, sizes=(1,), noise=0.01):
+    for number, (cell, settings), size in itertools.product(range(6), cells, sizes):
+        rate = 40 * size**0.5 * (2 - accuracy(settings)) if settings else 30 * size**0.2
+        yield [
+            {
+                "cell": cell,
+                "method": cell.partition(":")[0],
+                "settings": settings,
+                "context_length": 32768,
+                "batch_size": size,
+                "batch_rule": str(size),
+                "state": "synthetic",
+                "round": number,
+                "tokens_per_s": rate * random.Random(f"{number}{cell}").uniform(1, 1 + noise),
+                "step_ms": [1.0, 2.0],
+                "prefill_s": None,
+                "hit_rate": None,
+                "device": "cpu",
+                "error": None,
+            }
+        ]
+
+
+def write_run(path, kind, accuracy_rows=(), throughput_rows=(), model="demo", **flags):
+    options = {"scope": {}, "environment": {}, "command": [], "flags": flags}
+    with RunFolder.open(path, kind=kind, identity={"model": model}, **options) as run:
+        run.append("predictions", itertools.chain.from_iterable(accuracy_rows))
+        run.append("throughput", itertools.chain.from_iterable(throughput_rows))
+    return read_run(path)
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "my-sweep"
+    data = predictions(CELLS, 60), rounds(CELLS, (1, 2))
+    return write_run(path, "sweep", *data, synthetic=True)
+
+
+@pytest.fixture(scope="module")
+def drawn(sweep, tmp_path_factory):
+    output = tmp_path_factory.mktemp("plots")
+    files, skipped = draw_plots([sweep], output, dpi=60)
+    assert not skipped
+    assert len(files) == 3 * len(PLOTS)
+    return output
+
+
+def read_csv(file):
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_files_exist_and_say_what_they_are(drawn, name):
+    assert (drawn / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    svg = (drawn / f"{name}.svg").read_text()
+    assert "Synthetic text: not comparable" in svg
+    assert len(read_csv(drawn / f"{name}.csv")) > 0
+
+
+def test_frontier_csv_holds_the_numbers_of_the_summary(sweep, drawn):
+    scores = {r.cell: r.score for r in score_records(sweep.predictions) if r.task == AVERAGE}
+    speeds = {(r.cell, r.batch_size): r.tokens_per_s for r in throughput_records(sweep.throughput)}
+    rows = read_csv(drawn / "frontier.csv")
+    assert len(rows) == 2 * len(CELLS)
+    for row in rows:
+        speed = speeds[row["cell"], int(row["batch_size"])]
+        for name, value in (
+            ("score", scores[row["cell"]].estimate),
+            ("score_low", scores[row["cell"]].low),
+            ("tokens_per_s", speed.estimate),
+            ("tokens_per_s_high", speed.high),
+        ):
+            assert float(row[name]) == pytest.approx(value, rel=1e-8), (row["cell"], name)
+    assert {r["on_frontier"] for r in rows if r["cell"] == "full"} == {"True"}
+
+
+def test_deltas_csv_holds_the_numbers_of_the_summary(sweep, drawn):
+    records = {(r.cell, r.task): r for r in score_records(sweep.predictions)}
+    for row in read_csv(drawn / "task-deltas.csv"):
+        expected = records[row["cell"], row["task"]].difference
+        assert float(row["difference"]) == pytest.approx(expected.estimate, abs=1e-8)
+        assert int(row["pairs"]) == expected.n
+
+
+def test_depth_csv_counts_samples(drawn):
+    rows = [r for r in read_csv(drawn / "niah-depth.csv") if r["cell"] == "full"]
+    assert [(r["depth_low"], r["n"]) for r in rows] == [(f"{d}", "12") for d in (0, 20, 40, 60, 80)]
+
+
+def test_parameter_lines_differ_in_one_setting(drawn):
+    rows = [r for r in read_csv(drawn / "parameters.csv") if r["on_baseline_line"] == "True"]
+    for name in ("sparse_budget", "rank", "chunk_size"):
+        line = [r["cell"] for r in rows if r["parameter"] == name]
+        assert len(line) == 2, (name, line)
+        parts = [set(cell.partition(":")[2].split(",")) for cell in line]
+        assert {p.partition("=")[0] for p in parts[0] ^ parts[1]} == {name}
+
+
+def test_baseline_is_the_cell_with_most_neighbours(tmp_path):
+    star = [CELLS[0], *(CELLS[i + 1] for i in (0, 1, 2, 4))]
+    run = write_run(tmp_path / "star", "sweep", predictions(star, 3))
+    records = [r for r in score_records(run.predictions) if r.task == AVERAGE]
+    assert parameters_plot.baseline(records[1:]).cell == CELLS[1][0]
+
+
+def test_the_same_data_give_the_same_bytes(sweep, drawn, tmp_path):
+    files, _ = draw_plots([sweep], tmp_path, ["frontier", "parameters"], dpi=60)
+    for file in files:
+        assert file.read_bytes() == (drawn / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_no_text_is_cut_off(sweep, name):
+    from shadowkv_cli.plotting import _module
+
+    with matplotlib.rc_context(style.RC):
+        figure = _module(name).draw(load([sweep]))
+        figure.canvas.draw()
+        frame = figure.bbox.padded(1)
+        # Labels of ticks outside the axes exist without being drawn; only their left end counts.
+        ticks = {
+            t for a in figure.axes for axis in (a.xaxis, a.yaxis) for t in axis.get_ticklabels()
+        }
+        for text in figure.findobj(matplotlib.text.Text):
+            if not text.get_text() or not text.get_visible():
+                continue
+            owner = text.axes
+            if owner is not None and not owner.get_visible():
+                continue
+            box = matplotlib.text.Text.get_window_extent(text)
+            inside = frame.x0 <= box.x0 and (
+                text in ticks or (box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1)
+            )
+            assert inside, (name, text.get_text(), box)
+
+
+def test_frontier_labels_do_not_overlap(sweep):
+    with matplotlib.rc_context(style.RC):
+        figure = frontier_plot.draw(load([sweep]))
+        figure.canvas.draw()
+        labels = [t for t in figure.axes[0].texts if t.get_text().startswith("b ")]
+        assert labels, "the points on the frontier carry their settings"
+        boxes = [matplotlib.text.Text.get_window_extent(t) for t in labels]
+        for (a, i), (b, j) in itertools.combinations(zip(boxes, labels, strict=True), 2):
+            assert not a.overlaps(b), (i.get_text(), j.get_text())
+
+
+def svg_text(run, tmp_path, name="frontier"):
+    draw_plots([run], tmp_path / "out", [name], dpi=50)
+    return (tmp_path / "out" / f"{name}.svg").read_text()
+
+
+def test_random_weights_get_no_frontier(tmp_path):
+    data = predictions(CELLS, 60), rounds(CELLS)
+    run = write_run(tmp_path / "r", "sweep", *data, random_weights=True)
+    text = svg_text(run, tmp_path)
+    assert "Random weights: scores mean nothing." in text
+    assert "no frontier is drawn" in text
+    assert "Pareto frontier" not in text
+    assert {r["on_frontier"] for r in read_csv(tmp_path / "out" / "frontier.csv")} == {"False"}
+
+
+def test_overlapping_intervals_get_no_frontier(tmp_path):
+    data = predictions(CELLS, 4), rounds(CELLS, noise=3)
+    text = svg_text(write_run(tmp_path / "r", "sweep", *data, toy_model=True), tmp_path)
+    assert "order is not established" in text
+    assert "Pareto frontier" not in text
+    assert "Toy model." in text
+
+
+def test_available_says_what_is_needed(sweep, tmp_path):
+    assert available([sweep]) == dict.fromkeys(PLOTS)
+    reasons = available([write_run(tmp_path / "e", "eval", predictions(CELLS[:2], 5))])
+    assert reasons["task-deltas"] is None
+    assert "a sweep, or an eval and a bench" in reasons["frontier"]
+    assert "needs 10 samples" in reasons["niah-depth"]
+    assert "needs throughput" in reasons["batch"]
+    assert "two values of a setting" in reasons["parameters"]
+    empty = available([write_run(tmp_path / "n", "eval")])
+    assert all(empty.values()), empty
+
+
+def test_few_samples_are_hatched(tmp_path):
+    run = write_run(tmp_path / "r", "eval", predictions(CELLS[:2], 51, (4096, 8192)))
+    rows = [r for r in run.predictions if r["context_length"] == 4096 or r["id"].endswith("-1")]
+    text = svg_text(type(run)(run.path, run.manifest, rows, []), tmp_path, "niah-depth")
+    assert "n&lt;10" in text
+    drawn = {r["context_length"]: r["drawn"] for r in read_csv(tmp_path / "out/niah-depth.csv")}
+    assert drawn == {"4096": "True", "8192": "False"}
+
+
+def test_eval_and_bench_of_one_model_are_joined(tmp_path):
+    accuracy_run = write_run(tmp_path / "e", "eval", predictions(CELLS, 5))
+    same = write_run(tmp_path / "b", "bench", (), rounds(CELLS))
+    other = write_run(tmp_path / "o", "bench", (), rounds(CELLS), model="another")
+    joined = load([accuracy_run, same]).joined
+    assert [j.label for j in joined] == ["e + b"]
+    assert len(joined[0].points) == len(CELLS)
+    assert load([accuracy_run, other]).joined == []
+    files, _ = draw_plots([accuracy_run, same], tmp_path / "out", ["frontier"], dpi=50)
+    assert "e + b" in files[1].read_text()
+    with pytest.raises(UsageError, match="--output"):
+        default_output([accuracy_run, same])
+
+
+def test_what_is_impossible_is_refused(sweep, tmp_path):
+    with pytest.raises(UsageError, match="Did you mean 'frontier'"):
+        draw_plots([sweep], tmp_path, ["frontir"])
+    run = write_run(tmp_path / "e", "eval", predictions(CELLS[:1], 2))
+    with pytest.raises(UsageError, match="'batch' needs throughput"):
+        draw_plots([run], tmp_path, ["batch"])
+    with pytest.raises(UsageError, match="no plot yet"):
+        draw_plots([run], tmp_path)
+
+
+def test_names_and_choice_of_cells(sweep):
+    assert pretty_cell("full") == "full"
+    assert pretty_cell("shadowkv:sparse_budget=64").replace("\u00a0", " ") == "shadowkv, budget 64"
+    chosen = representative_cells(score_records(sweep.predictions), 3)
+    assert chosen[0] == "full"
+    assert chosen[-1] == label({**GRID[1], "rank": 16}), "the worst: small budget, rank, big chunks"
+
+
+@pytest.fixture(scope="module")
+def app():
+    application = typer.Typer()
+    application.command()(plot)
+    return application
+
+
+def test_command_lists_and_draws(app, sweep, tmp_path):
+    runner = CliRunner()
+    shown = runner.invoke(app, [str(sweep.path), "--list"])
+    assert shown.exit_code == 0, shown.output
+    assert all(name in shown.output for name in PLOTS)
+    listed = runner.invoke(app, [str(sweep.path), "--list", "--json"])
+    assert json.loads(listed.output)["plots"] == dict.fromkeys(PLOTS)
+    args = [str(sweep.path), "--plots", "batch", "--output", str(tmp_path), "--dpi", "50"]
+    result = runner.invoke(app, [*args, "--json"])
+    files = json.loads(result.output)["files"]
+    assert files == [str(tmp_path / f"batch.{suffix}") for suffix in ("png", "svg", "csv")]
+
+
+def test_plots_need_no_torch(sweep, tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from shadowkv_cli.plotting import draw_plots
+from shadowkv_cli.results import read_run
+import shadowkv_cli.commands.plot, shadowkv_cli.commands.score
+assert "matplotlib" not in sys.modules
+draw_plots([read_run(Path(sys.argv[1]))], Path(sys.argv[2]), ["batch"], dpi=50)
+print([name for name in ("torch", "transformers", "datasets") if name in sys.modules])
+"""
+    args = [sys.executable, "-c", code, str(sweep.path), str(tmp_path)]
+    done = subprocess.run(args, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done

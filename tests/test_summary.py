@@ -1,0 +1,304 @@
+"""Records, tables and the frontier, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from shadowkv_cli.frontier import (
+    frontier_is_resolved,
+    join_sweep,
+    panels,
+    pareto_front,
+    unresolved_pairs,
+)
+from shadowkv_cli.stats import Interval, macro_average, mean_interval, paired_difference
+from shadowkv_cli.summary import (
+    AVERAGE,
+    csv_text,
+    score_records,
+    throughput_records,
+    write_summary_csv,
+)
+from shadowkv_cli.tables import frontier_table, score_table, settings_table, tables
+
+SETTINGS = {"sparse_budget": "64", "rank": 32}
+
+
+def prediction(sample, cell, score, **changes):
+    method = cell.partition(":")[0]
+    row = {
+        "id": sample,
+        "task": sample.partition("-")[0],
+        "context_length": 4096,
+        "method": method,
+        "cell": cell,
+        "settings": {} if method == "full" else SETTINGS,
+        "sparse_budget_tokens": None if method == "full" else 64,
+        "outlier_tokens": None if method == "full" else 16,
+        "pass": 0,
+        "prediction": f"{score}",
+        "score": score,
+        "num_references": 1,
+        "dense_fallback": False,
+        "audit": {"attended_tokens": 4096 if method == "full" else 120},
+        "gpu_bytes": 1000,
+        "host_bytes": 0,
+        "hit_rate": None if method == "full" else 0.5,
+        "error": None,
+    }
+    return row | changes
+
+
+def speed(cell, round_number, tokens_per_s, **changes):
+    method = cell.partition(":")[0]
+    row = {
+        "cell": cell,
+        "method": method,
+        "settings": {} if method == "full" else SETTINGS,
+        "sparse_budget_tokens": None,
+        "context_length": 32768,
+        "batch_size": 1,
+        "batch_rule": "1",
+        "state": "synthetic",
+        "round": round_number,
+        "tokens_per_s": tokens_per_s,
+        "step_ms_p50": 1.0,
+        "step_ms_p99": 2.0,
+        "step_ms": [1.0, 2.0, 3.0],
+        "prefill_s": None,
+        "gpu_bytes": 10,
+        "host_bytes": 20,
+        "peak_memory_bytes": 30 + round_number,
+        "hit_rate": None if method == "full" else 0.6,
+        "device": "cpu",
+        "error": None,
+    }
+    return row | changes
+
+
+def pick(records, cell, task, length=4096):
+    (found,) = [r for r in records if (r.cell, r.task, r.context_length) == (cell, task, length)]
+    return found
+
+
+@pytest.fixture
+def rows():
+    scores = {"a-1": (1, 1), "a-2": (1, 0), "a-3": (0, 0), "b-1": (1, 0.5), "b-2": (0.5, 0.5)}
+    return [
+        prediction(sample, cell, score)
+        for sample, pair in scores.items()
+        for cell, score in zip(("full", "shadowkv"), pair, strict=True)
+    ]
+
+
+def test_scores_by_hand(rows):
+    records = score_records(rows)
+    full, method = pick(records, "full", "a"), pick(records, "shadowkv", "a")
+    assert (full.n, full.failed, full.difference, full.active_share) == (3, 0, None, None)
+    assert full.score == mean_interval([1, 1, 0]).scaled(100)
+    assert method.score.estimate == pytest.approx(100 / 3)
+    assert method.difference == paired_difference([1, 0, 0], [1, 1, 0]).scaled(100)
+    assert method.differing == 1
+    assert (method.active_share, method.budget_tokens, method.outlier_tokens) == (1, 64, 16)
+    assert (method.attended_tokens, method.hit_rate, method.gpu_bytes) == (120, 0.5, 1000)
+    average = pick(records, "shadowkv", AVERAGE)
+    assert average.score.estimate == pytest.approx((100 / 3 + 50) / 2)
+    tasks = [pick(records, "shadowkv", t) for t in "ab"]
+    assert average.score == macro_average([t.score for t in tasks])
+    assert average.difference.estimate == pytest.approx((-100 / 3 - 25) / 2)
+    assert (average.n, average.differing) == (5, 2)
+
+
+def test_failed_rows_are_left_out_and_counted(rows):
+    rows[1] |= {"error": "out of memory", "score": None, "prediction": None}
+    method = pick(score_records(rows), "shadowkv", "a")
+    assert (method.n, method.failed) == (2, 1)
+    assert method.score.estimate == 0
+    assert (
+        "Failed samples, left out of the scores: shadowkv 1."
+        in score_table(score_records(rows)).notes
+    )
+    everything = [r | {"error": "x", "score": None} for r in rows if r["cell"] == "shadowkv"]
+    failed = pick(score_records(everything), "shadowkv", "a")
+    assert (failed.score, failed.n, failed.failed) == (None, 0, 3)
+    assert score_table(score_records(everything)).rows[0][2] == "failed"
+
+
+def test_a_failure_that_a_later_pass_mended_does_not_count(rows):
+    rows[1] |= {"error": "out of memory", "score": None, "prediction": None}
+    rows += [
+        prediction("a-1", "full", 0, **{"pass": 1}),
+        prediction("a-1", "shadowkv", 1, **{"pass": 1}),
+    ]
+    method = pick(score_records(rows), "shadowkv", "a")
+    assert (method.n, method.failed) == (3, 0)
+    # Paired with the full attention of the same prefill (0), not with that of pass 0 (1).
+    assert method.difference == paired_difference([1, 0, 0], [0, 1, 0]).scaled(100)
+    assert pick(score_records(rows), "full", "a").score.estimate == pytest.approx(200 / 3)
+
+
+def test_rows_of_different_passes_are_no_pairs():
+    rows = [prediction("a-1", "full", 1), prediction("a-1", "shadowkv", 1, **{"pass": 1})]
+    method = pick(score_records(rows), "shadowkv", "a")
+    assert (method.n, method.difference, method.differing) == (1, None, None)
+
+
+def test_not_tested_is_said_instead_of_a_score(rows):
+    for row in rows:
+        row["dense_fallback"] = row["cell"] != "full"
+    records = score_records(rows)
+    assert pick(records, "shadowkv", "a").active_share == 0
+    table = score_table(records)
+    assert table.rows[0][table.columns.index("shadowkv")] == "not tested"
+    assert any(note.startswith("Not tested (shadowkv)") for note in table.notes)
+    rows[1]["dense_fallback"] = False
+    records = score_records(rows)
+    assert pick(records, "shadowkv", "a").active_share == pytest.approx(1 / 3)
+    assert settings_table(records).rows[1][4] == "17%"
+
+
+def test_several_lengths_have_an_average_over_all(rows):
+    longer = [r | {"context_length": 8192, "id": "x" + r["id"], "score": 0} for r in rows]
+    records = score_records(longer + rows)
+    assert [r.context_length for r in records if r.cell == "full"] == [
+        *[4096] * 3,
+        *[8192] * 3,
+        None,
+    ]
+    overall = pick(records, "full", AVERAGE, None)
+    assert overall.score.estimate == pytest.approx((200 / 3 + 75 + 0 + 0) / 4)
+    names = [row[0] for row in score_table(records).rows]
+    here = ["4096 a", "4096 b", "4096 average"]
+    assert names == [*here, *(n.replace("4096", "8192") for n in here), "average of all"]
+
+
+def test_score_table_cells(rows):
+    table = score_table(score_records(rows), ["synthetic text"])
+    assert table.columns == ["task", "n", "full", "shadowkv", "difference"]
+    assert table.rows[0][:2] == ["a", "3"]
+    assert table.rows[0][2].startswith("66.7 [")
+    assert table.rows[0][4].startswith("-33.3 [-")
+    assert table.notes[0] == "synthetic text"
+
+
+def test_random_weights_come_first_and_loud(rows):
+    shown = tables(score_records(rows), notes=["synthetic text", "Random weights: no meaning"])
+    assert shown[0].notes[:2] == ["WARNING: Random weights: no meaning", "synthetic text"]
+
+
+def test_many_cells_are_rows():
+    rows = [prediction("a-1", "full", 1)]
+    rows += [prediction("a-1", f"shadowkv:rank={r}", 1) for r in range(8)]
+    table = score_table(score_records(rows))
+    assert table.columns == ["cell", "n", "4096", "difference"]
+    assert [row[0] for row in table.rows][:2] == ["full", "shadowkv:rank=0"]
+
+
+def test_unequal_tasks_are_said(rows):
+    records = score_records([r for r in rows if (r["cell"], r["task"]) != ("shadowkv", "b")])
+    assert any("different tasks" in note for note in score_table(records).notes)
+
+
+def test_throughput_by_hand():
+    rows = [speed("full", i, v) for i, v in enumerate([10, 12, 11])]
+    rows += [speed("shadowkv", i, v) for i, v in enumerate([20, 18, 33])]
+    rows.append(speed("shadowkv", 3, None, error="failed", step_ms=None))
+    full, method = throughput_records(rows)
+    assert full.tokens_per_s == Interval(11, 10, 12, 3, 0.75)
+    assert full.ratio is None
+    assert method.tokens_per_s.estimate == 20
+    assert method.failed == 1
+    assert (method.ratio.low, method.ratio.estimate, method.ratio.high) == (1.5, 2, 3)
+    assert (method.step_ms_p50, method.peak_memory_bytes) == (2, 32)
+    assert method.step_ms_p99 == pytest.approx(3)
+    notes = " ".join(tables([], [full, method], ["note"])[0].notes)
+    for part in ("Failed rounds, left out: 1", "cover 75%", "Synthetic state", "note"):
+        assert part in notes, notes
+
+
+def test_own_largest_batch_is_held_against_fulls_largest():
+    rows = [speed("full", 0, 10, batch_rule="equal", batch_size=4)]
+    rows += [speed("shadowkv", 0, 50, batch_rule="auto", batch_size=24)]
+    assert throughput_records(rows)[1].ratio.estimate == 5
+
+
+def test_csv_is_one_flat_table(rows, tmp_path):
+    file = tmp_path / "summary.csv"
+    speeds = throughput_records([speed("full", 0, 10)])
+    write_summary_csv(file, score_records(rows), speeds)
+    with file.open(newline="") as lines:
+        read = list(csv.DictReader(lines))
+    assert {r["phase"] for r in read} == {"accuracy", "throughput"}
+    method = next(r for r in read if (r["cell"], r["task"]) == ("shadowkv", "a"))
+    assert float(method["score"]) == pytest.approx(100 / 3)
+    assert (method["n"], method["setting_rank"], method["differing"]) == ("3", "32", "1")
+    assert csv_text([{"a": None, "b": "x,y"}, {"c": 0.5}]) == 'a,b,c\n,"x,y",\n,,0.5\n'
+
+
+def sweep_points(values):
+    """Points of cells c0, c1, …: (score per sample, tokens/s per round)."""
+    rows, speeds = [], []
+    for i, (scores, rates) in enumerate(values):
+        cell = f"shadowkv:{i}"
+        rows += [prediction(f"a-{j}", cell, s) for j, s in enumerate(scores)]
+        speeds += [speed(cell, j, v) for j, v in enumerate(rates)]
+    return join_sweep(score_records(rows), throughput_records(speeds))
+
+
+def around(value):
+    return [value - 0.1, value, value + 0.1]
+
+
+def test_pareto_front_by_hand():
+    points = sweep_points(
+        [
+            ([1] * 100, around(10)),
+            ([1] * 50 + [0] * 50, around(20)),
+            ([1] * 40 + [0] * 60, around(15)),  # beaten by the second in both
+            ([0] * 100, around(30)),
+            ([0] * 100, around(30)),  # the same again
+        ]
+    )
+    assert [p.cell for p in pareto_front(points)] == [f"shadowkv:{i}" for i in (0, 1, 3)]
+    assert frontier_is_resolved(points)
+    assert list(panels(points)) == [(32768, "1")]
+    table = frontier_table(points)
+    assert [row[4] for row in table.rows] == ["yes", "", "yes", "", "yes"]
+    without = frontier_table(points, with_frontier=False)
+    assert {row[4] for row in without.rows} == {""}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [([1] * 100, [9, 10, 21]), ([0] * 100, [20, 22, 23])],  # speeds overlap
+        [([1] * 5 + [0] * 5, around(10)), ([1] * 4 + [0] * 6, around(20))],  # scores overlap
+        [([1] * 6 + [0] * 4, [9, 22, 30]), ([1] * 5 + [0] * 5, [8, 20, 22])],  # one beats, unproven
+    ],
+)
+def test_overlapping_intervals_establish_nothing(values):
+    points = sweep_points(values)
+    assert not frontier_is_resolved(points)
+    assert len(unresolved_pairs(points)) == 1
+    table = frontier_table(points)
+    assert "overlaps" in [row[4] for row in table.rows]
+    assert any(note.startswith("overlaps:") for note in table.notes)
+
+
+def test_hit_rates_that_differ_are_flagged():
+    points = sweep_points([([1, 0], around(10))])
+    assert points[0].hit_rates_differ, "0.5 in accuracy, 0.6 in throughput"
+    assert any("more than 5 points" in note for note in frontier_table(points).notes)
+
+
+def test_join_takes_the_score_at_the_length_of_the_throughput(rows):
+    longer = [r | {"context_length": 32768, "id": "x" + r["id"], "score": 0} for r in rows]
+    scores = score_records(rows + longer)
+    at_length = join_sweep(scores, throughput_records([speed("full", 0, 10)]))
+    assert (at_length[0].score_length, at_length[0].score.estimate) == (32768, 0)
+    other = throughput_records([speed("full", 0, 10, context_length=65536)])
+    overall = join_sweep(scores, other)
+    assert overall[0].score_length is None
+    assert join_sweep(scores, throughput_records([speed("oracle", 0, 10)])) == []
