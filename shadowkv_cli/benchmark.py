@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shadowkv_cli.config import MethodSpec
 from shadowkv_cli.console import notice, progress
 from shadowkv_cli.environment import capture
 from shadowkv_cli.errors import UsageError
@@ -16,6 +15,7 @@ from shadowkv_cli.run_config import BenchConfig, BenchSettings, ModelChoice
 from shadowkv_cli.tasks.rows import Dataset
 
 if TYPE_CHECKING:
+    from shadowkv_cli.bench.throughput import Case
     from shadowkv_cli.model.loading import LoadedModel
 
 
@@ -33,16 +33,15 @@ def _prompt_texts(data: Path, context_length: int) -> list[str]:
 def measure_throughput(
     run: RunFolder,
     loaded: LoadedModel,
-    specs: Sequence[MethodSpec],
+    cases: Sequence[Case],
     settings: BenchSettings,
     model: ModelChoice,
     data: Path | None,
 ) -> int:
     """Measure what has no row yet and append it; returns the number of failed measurements."""
-    from shadowkv_cli.bench.throughput import check_done, make_cases, prompts_from, run_cases
+    from shadowkv_cli.bench.throughput import check_done, prompts_from, run_cases
     from shadowkv_cli.tasks.tokenization import load_tokenizer
 
-    cases = make_cases(specs, settings, loaded)
     rows = [r for r in run.read("throughput") if r["state"] == settings.state]
     done = check_done(rows)
     finished = sum(done(case, n) for case in cases for n in range(settings.rounds))
@@ -89,10 +88,13 @@ def benchmark(config: BenchConfig) -> tuple[Path, int]:
 
     Returns the run's folder and the number of failed measurements.
     """
+    from shadowkv_cli.bench.throughput import make_cases
     from shadowkv_cli.model.loading import load_model
 
     loaded = load_model(config.model)
-    loaded.check(list(config.specs), max(config.settings.context_lengths))
+    longest = max(config.settings.context_lengths) + config.settings.new_tokens
+    loaded.check(list(config.specs), longest)
+    cases = make_cases(config.specs, config.settings, loaded)
     notes = []
     if loaded.random_weights:
         notes.append(RANDOM_NOTE)
@@ -114,7 +116,5 @@ def benchmark(config: BenchConfig) -> tuple[Path, int]:
         flags={"random_weights": loaded.random_weights, "toy_model": loaded.name == "demo"},
         fresh=config.fresh,
     ) as run:
-        failed = measure_throughput(
-            run, loaded, config.specs, config.settings, config.model, config.data
-        )
+        failed = measure_throughput(run, loaded, cases, config.settings, config.model, config.data)
     return config.output, failed

@@ -13,6 +13,7 @@ from typer.exceptions import TyperException
 from shadowkv_cli import __version__
 from shadowkv_cli.commands import build_data
 from shadowkv_cli.commands.bench import bench
+from shadowkv_cli.commands.doctor import doctor
 from shadowkv_cli.commands.eval import eval_command
 from shadowkv_cli.commands.plot import plot
 from shadowkv_cli.commands.score import score
@@ -32,6 +33,7 @@ app.command()(score)
 app.command()(bench)
 app.command()(sweep)
 app.command()(plot)
+app.command()(doctor)
 
 RESUMABLE = {"build-data", "eval", "sweep", "bench"}
 

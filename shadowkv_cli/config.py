@@ -1,4 +1,4 @@
-"""Every setting of every method, checked when it is made; without torch, so that all may import it."""
+"""Every setting of every method, checked when it is made; free of torch, for all to import."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, get_args, get_type_hints
 from shadowkv_cli.errors import UsageError, unknown_name
 
 OUTLIER_TOKENS_PER_BUDGET = Fraction(192, 1024)
-"""Outlier tokens kept per token of sparse budget under `auto`: 48 chunks of 8 at 2,048 (paper, 5.1)."""
+"""Outlier tokens per token of sparse budget under `auto`: 48 chunks of 8 at 2,048 (paper, 5.1)."""
 
 Placement = Literal["device", "host"]
 DenseFallback = Literal["auto", "never"]
@@ -34,7 +34,7 @@ def parse_token_count(text: str) -> int:
 
 
 def split_list(values: Iterable[str]) -> list[str]:
-    """Split options that may be given as commas or repeats, without duplicates, in the order given."""
+    """Split options given as commas or repeats, without duplicates, in the order given."""
     parts = [part.strip() for value in values for part in str(value).split(",")]
     return list(dict.fromkeys(part for part in parts if part))
 
@@ -52,10 +52,10 @@ class SparseBudget:
         text = text.strip()
         if not text.endswith("%"):
             return cls(tokens=parse_token_count(text))
-        try:
-            share = Fraction(text[:-1].strip()) / 100
-        except (ValueError, ZeroDivisionError):
-            share = Fraction(0)
+        number = re.fullmatch(
+            r"(\d{1,3}(?:\.\d{1,20})?|\.\d{1,20}|\d{1,9}/0*[1-9]\d{0,8})\s*%", text
+        )
+        share = Fraction(number[1]) / 100 if number else Fraction(0)
         if not 0 < share <= 1:
             raise UsageError(
                 f"'{text}' is no sparse budget: write a share above 0% and up to 100%, or tokens."
@@ -73,7 +73,13 @@ class SparseBudget:
         if self.tokens is not None:
             return str(self.tokens)
         assert self.share is not None
-        return f"{float(self.share * 100):.12g}%"
+        percent = self.share * 100
+        places = next((n for n in range(24) if (percent * 10**n).denominator == 1), None)
+        if places is None:
+            return f"{percent}%"
+        whole = int(percent * 10**places)
+        digits = f"{whole:0{places + 1}d}"
+        return (digits[:-places] + "." + digits[-places:] if places else digits) + "%"
 
 
 @dataclass(frozen=True)
@@ -317,7 +323,7 @@ class RandomSpec(SparseSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class StreamingSpec(SparseSpec):
-    """The first and the most recent tokens (StreamingLLM, ICLR 2024), as many as ShadowKV attends."""
+    """The first and the last tokens (StreamingLLM, ICLR 2024), as many as ShadowKV attends."""
 
     name: ClassVar[str] = "streaming"
     help: ClassVar[str] = "control: attention sinks and recent tokens"
@@ -329,6 +335,10 @@ class StreamingSpec(SparseSpec):
         if self.sink_tokens < 0:
             raise UsageError(f"sink_tokens must be at least 0, not {self.sink_tokens}.")
 
+    def cache_bytes(self, shape: ModelShape, prompt_tokens: int, new_tokens: int) -> CacheBytes:
+        kept = prompt_tokens if self.is_dense(prompt_tokens) else self.keeps(prompt_tokens).tokens
+        return CacheBytes(shape.kv_bytes(kept + new_tokens), 0)
+
 
 SPECS: dict[str, type[MethodSpec]] = {
     spec.name: spec for spec in (FullSpec, ShadowKVSpec, OracleSpec, RandomSpec, StreamingSpec)
@@ -336,7 +346,7 @@ SPECS: dict[str, type[MethodSpec]] = {
 
 
 def _convert(spec: type[MethodSpec], field: str, text: str) -> Any:
-    """Turn the text of one setting into its type. Raises UsageError naming method, field and value."""
+    """Turn a setting's text into its type. Raises UsageError naming method, field and value."""
     hint = get_type_hints(spec)[field]
     try:
         if hint is SparseBudget:
@@ -361,24 +371,57 @@ def spec_fields(spec: type[MethodSpec]) -> list[str]:
     return [f.name for f in dataclasses.fields(spec)]
 
 
-def _split_methods(values: Iterable[str]) -> list[tuple[str, dict[str, str]]]:
-    """Read `full,shadowkv:rank=64,chunk_size=4` (or repeats) as names with their own settings."""
-    methods: list[tuple[str, dict[str, str]]] = []
+Asked = list[tuple[str, dict[str, str]]]
+
+
+def _split_methods(values: Iterable[str]) -> Asked:
+    """Read `full,shadowkv:rank=64,chunk_size=4` (or repeats) as names with their own settings.
+
+    Raises UsageError for an unknown method or setting, and for what is given twice.
+    """
+    methods: Asked = []
     for part in (p.strip() for value in values for p in value.split(",")):
+        if not part:
+            continue
         name, colon, first = part.partition(":")
         if "=" in name:
             if not methods:
                 raise UsageError(f"'{part}' names no method: write NAME:key=value.")
-            assignments = [part]
+            name, assignment = methods[-1][0], part
         else:
+            if name not in SPECS:
+                raise unknown_name("method", name, SPECS)
             methods.append((name, {}))
-            assignments = [first] if colon else []
-        for assignment in assignments:
-            key, equals, text = assignment.partition("=")
-            if not equals:
-                raise UsageError(f"'{assignment}' in '{part}' is no setting: write key=value.")
-            methods[-1][1][key.strip().replace("-", "_")] = text.strip()
+            assignment = first
+            if not colon:
+                continue
+        key, equals, text = assignment.partition("=")
+        key, own, fields = key.strip().replace("-", "_"), methods[-1][1], spec_fields(SPECS[name])
+        if not equals:
+            raise UsageError(f"'{assignment}' in '{part}' is no setting: write key=value.")
+        if key not in fields:
+            raise unknown_name(f"setting of method '{name}'", key, fields)
+        if key in own:
+            raise UsageError(f"{name}: {key} is given twice, as {own[key]} and {text.strip()}.")
+        own[key] = text.strip()
+    for i, method in enumerate(methods):
+        if method in methods[:i]:
+            raise UsageError(f"The method '{method[0]}' was given twice with the same settings.")
     return methods
+
+
+def _apply(asked: Asked, given: Mapping[str, str]) -> list[MethodSpec]:
+    """Make the specs; `given` sets every method that has the field, its own settings excepted."""
+    specs: list[MethodSpec] = []
+    for name, own in asked:
+        spec = SPECS[name]
+        settings = {k: v for k, v in given.items() if k in spec_fields(spec)} | own
+        specs.append(spec(**{k: _convert(spec, k, v) for k, v in settings.items()}))
+    for key in given:
+        if not any(key in spec_fields(SPECS[name]) for name, _ in asked):
+            option, names = "--" + key.replace("_", "-"), ", ".join(name for name, _ in asked)
+            raise UsageError(f"{option} has no effect: none of the methods {names} has it.")
+    return specs
 
 
 def build_specs(methods: Iterable[str], overrides: Mapping[str, str | None]) -> list[MethodSpec]:
@@ -393,26 +436,7 @@ def build_specs(methods: Iterable[str], overrides: Mapping[str, str | None]) -> 
         UsageError: unknown method or field, a bad value, an option that no method has, or the same
             cell twice.
     """
-    asked = _split_methods(methods)
-    given = {k: v for k, v in overrides.items() if v is not None}
-    specs: list[MethodSpec] = []
-    used: set[str] = set()
-    for name, own in asked:
-        if name not in SPECS:
-            raise unknown_name("method", name, SPECS)
-        spec, fields = SPECS[name], spec_fields(SPECS[name])
-        for key in own:
-            if key not in fields:
-                raise unknown_name(f"setting of method '{name}'", key, fields)
-        settings = {k: v for k, v in given.items() if k in fields} | own
-        used |= settings.keys()
-        specs.append(spec(**{k: _convert(spec, k, v) for k, v in settings.items()}))
-    for key in given:
-        if key not in used:
-            option = "--" + key.replace("_", "-")
-            raise UsageError(
-                f"{option} has no effect: none of the methods {', '.join(n for n, _ in asked)} has it."
-            )
+    specs = _apply(_split_methods(methods), {k: v for k, v in overrides.items() if v is not None})
     for a, b in itertools.combinations(specs, 2):
         if a == b:
             raise UsageError(f"The method '{a.cell}' was given twice with the same settings.")
@@ -425,9 +449,9 @@ def grid(methods: Iterable[str], axes: Mapping[str, list[str]]) -> list[MethodSp
     A method that has none of the axes appears once; methods that have an axis appear once per
     value of it. Raises UsageError as `build_specs` does, for every impossible cell.
     """
+    asked, names = _split_methods(methods), list(axes)
     cells: dict[MethodSpec, None] = {}
-    names = list(axes)
     for values in itertools.product(*axes.values()):
-        for spec in build_specs(methods, dict(zip(names, values, strict=True))):
+        for spec in _apply(asked, dict(zip(names, values, strict=True))):
             cells.setdefault(spec)
     return list(cells)

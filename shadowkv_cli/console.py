@@ -68,9 +68,11 @@ class Progress:
 
 
 class _PlainProgress(Progress):
-    """Lines instead of a bar, for logs and pipes: at most one every few seconds, and the last one."""
+    """Lines instead of a bar, for logs and pipes: one every few seconds, and the last one."""
 
-    _last = 0.0
+    def __init__(self, label: str, total: int) -> None:
+        super().__init__(label, total)
+        self._last = self.started
 
     def advance(self, count: int = 1, detail: str = "") -> None:
         super().advance(count, detail)
@@ -136,7 +138,9 @@ def print_table(
     console = Console(file=sys.stdout, width=width, highlight=False)
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        table.add_column(
+            name, justify="left" if i == 0 else "right", no_wrap=i == 0, overflow="fold"
+        )
     for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -92,8 +92,8 @@ def check_tokenizer(
     differs = tokenizer_fingerprint(tokenizer) != made_with["fingerprint"]
     if differs and not config.allow_tokenizer_mismatch:
         raise UsageError(
-            f"{dataset.path} was built with the tokenizer {made_with['name']}, which is not that of "
-            f"{tokenizer_name}: build data with --tokenizer {tokenizer_name}, or use "
+            f"{dataset.path} was built with the tokenizer {made_with['name']}, which is not that "
+            f"of {tokenizer_name}: build data with --tokenizer {tokenizer_name}, or use "
             "--allow-tokenizer-mismatch."
         )
     return differs

@@ -34,7 +34,7 @@ from shadowkv_cli.run_config import (
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """Let a command take whole groups: each parameter that is a group becomes its fields' options."""
+    """Let a command take groups: each parameter that is one becomes the options of its fields."""
     signature = inspect.signature(command, eval_str=True)
     groups = {
         name: parameter.annotation

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
 from shadowkv_cli.benchmark import measure_throughput
 from shadowkv_cli.evaluate import check_ready, evaluate_loaded, open_run
 from shadowkv_cli.run_config import SweepConfig
+
+if TYPE_CHECKING:
+    from shadowkv_cli.bench.throughput import Case
 
 
 @dataclass(frozen=True)
@@ -27,12 +32,13 @@ def sweep(config: SweepConfig) -> SweepOutcome:
     """
     evaluation = config.evaluation
     ready = check_ready(evaluation)
+    cases: list[Case] = []
     if config.throughput is not None:
         from shadowkv_cli.bench.throughput import make_cases
 
         longest = max(config.throughput.context_lengths) + config.throughput.new_tokens
         ready.loaded.check(list(evaluation.specs), longest)
-        make_cases(evaluation.specs, config.throughput, ready.loaded)
+        cases = make_cases(evaluation.specs, config.throughput, ready.loaded)
     with open_run(evaluation, "sweep", ready) as run:
         outcome = evaluate_loaded(evaluation, "sweep", ready, run)
         failed = 0
@@ -40,7 +46,7 @@ def sweep(config: SweepConfig) -> SweepOutcome:
             failed = measure_throughput(
                 run,
                 ready.loaded,
-                evaluation.specs,
+                cases,
                 config.throughput,
                 evaluation.model,
                 evaluation.data,

@@ -66,5 +66,5 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
     """A random model of a family, the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny_config(family)).to(dtype)
+        model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=dtype)
     return describe(model, f"tiny-{family}", random_weights=True)

@@ -8,10 +8,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shadowkv_cli.config import FullSpec, build_specs
-from shadowkv_cli.model.loading import ModelChoice, load_model
+from shadowkv_cli.model.loading import load_model
 from shadowkv_cli.model.rotary import compute_table, is_interleaved, rotary_module
 from shadowkv_cli.model.session import Session
 from shadowkv_cli.ops.rotary import rotate, unrotate
+from shadowkv_cli.run_config import ModelChoice
 from shadowkv_cli.testing import FAMILIES, tiny_model
 
 INTERLEAVED = {"llama": False, "qwen2": False, "glm": True, "phi3": False}

@@ -1,5 +1,6 @@
 """The 13 tasks: templates to the byte, references that can be found, draws that can grow."""
 
+import itertools
 import json
 import random
 from functools import cache
@@ -44,6 +45,7 @@ def smallest(task: str, **more):
     return one.render(one.min_units)
 
 
+@cache
 def golden() -> dict:
     """Regenerate with: python -c "import test_ruler_tasks as t; t.write_golden()" in tests/."""
     result = {}
@@ -107,9 +109,7 @@ def test_vt_reads_as_ruler_writes_it():
     refs = one.references
     assert [len(name) for name in refs] == [5] * 5
     places = [question.index(f"VAR {refs[0]} = ")]
-    places += [
-        question.index(f"VAR {b} = VAR {a} \n") for a, b in zip(refs, refs[1:], strict=False)
-    ]
+    places += [question.index(f"VAR {b} = VAR {a} \n") for a, b in itertools.pairwise(refs)]
     assert places == sorted(places), "the chain stands in its order"
     value = question.split(f"VAR {refs[0]} = ")[1][:5]
     assert one.answer_prefix == (
@@ -172,7 +172,7 @@ def test_cwe_goes_beyond_its_word_pool_without_repeating():
 
 def test_fwe_counts_follow_the_zeta_distribution():
     one = draw("fwe")
-    assert one.counts(1554)[:6] == [944, 236, 104, 59, 37, 26]
+    assert one.counts(1555)[:6] == [945, 236, 105, 59, 37, 26], "RULER's own counts"
     rendered = one.render(800)
     words = rendered.prompt.split("coded words. ")[1].split("\n")[0].split(" ")
     counts = sorted(((words.count(w), w) for w in set(words)), reverse=True)
@@ -247,7 +247,8 @@ def test_a_sample_depends_on_its_coordinates_only(task):
     again.render(again.min_units + 11)
     assert again.render(again.min_units) == first
     assert smallest(task, index=6) != first
-    assert smallest(task, index=5, seed=43) != first
+    reseeded = draw(task, index=5, seed=43)
+    assert reseeded.render(again.min_units + 11) != again.render(again.min_units + 11)
 
 
 @pytest.mark.parametrize("task", TASKS)

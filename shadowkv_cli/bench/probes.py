@@ -1,4 +1,4 @@
-"""What this machine's memory, matrix units and bus can do: measured once, kept in the user's cache."""
+"""What memory, matrix units and bus can do: measured once, kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def store(probe: Probe) -> None:
 
 
 def stored_or_measured(device: torch.device, dtypes: Sequence[torch.dtype] | None = None) -> Probe:
-    """The stored probe of a device, if it knows the dtypes; else measure it, with a notice, and keep it.
+    """The stored probe if it knows the dtypes; else measure the device, and keep that.
 
     Args:
         device: what to measure.

@@ -14,6 +14,7 @@ import torch
 from shadowkv_cli.bench.memory import PeakMemory, free_device_bytes, free_host_bytes
 from shadowkv_cli.bench.state import fill_prompts, fill_synthetic, random_prompts
 from shadowkv_cli.config import FullSpec, MethodSpec, SparseSpec
+from shadowkv_cli.console import format_bytes
 from shadowkv_cli.errors import ShadowKVError, UsageError
 from shadowkv_cli.model.loading import LoadedModel
 from shadowkv_cli.model.session import MethodFailure, Session
@@ -56,10 +57,11 @@ def make_cases(
                 needed = spec.cache_bytes(loaded.shape, tokens, settings.new_tokens).device
                 free = free_device_bytes(loaded.device)
                 if size < 1 or needed * size > free:
+                    batch = max(size, 1)
                     raise UsageError(
-                        f"{spec.cell} at {tokens} tokens needs {needed * max(size, 1) / 1e9:.1f} GB "
-                        f"for batch {max(size, 1)}, {free / 1e9:.1f} GB are free: use a smaller "
-                        "--batch-size or --context-length."
+                        f"{spec.cell} at {tokens} tokens needs {format_bytes(needed * batch)} for "
+                        f"batch {batch}, {format_bytes(free)} are free: use a smaller --batch-size "
+                        "or --context-length."
                     )
                 cases.append(Case(spec, tokens, size, rule))
     return cases
@@ -195,12 +197,7 @@ def run_cases(
         done: whether a case's round has a row already.
         prompts: makes prompts of (tokens, count), for the state `prompts`.
 
-    Raises:
-        UsageError: a context does not fit the model.
     """
-    for spec in {case.spec for case in cases}:
-        longest = max(case.context_length for case in cases)
-        loaded.check([spec], longest + settings.new_tokens)
     together: dict[tuple[int, int], list[Case]] = {}
     for case in cases:
         together.setdefault((case.context_length, case.batch_size), []).append(case)

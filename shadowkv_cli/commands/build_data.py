@@ -18,7 +18,7 @@ from shadowkv_cli.options import (
     TrustOption,
 )
 
-app = typer.Typer(help="Make the prompts of a benchmark.")
+app = typer.Typer()
 
 
 @app.callback(invoke_without_command=True)

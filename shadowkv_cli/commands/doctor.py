@@ -179,9 +179,7 @@ def _cache_folder() -> Check:
 def _kernels() -> Check:
     if (environment.PACKAGE_DIR / "shadowkv_kernels.so").is_file():
         return Check("kernels", "ok", "built")
-    return Check(
-        "kernels", "note", "not built: torch ops are used", "nothing: this version has none"
-    )
+    return Check("kernels", "note", "not built: torch ops are used")
 
 
 def _hub(offline: bool) -> Check:

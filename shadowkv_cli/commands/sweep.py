@@ -50,7 +50,7 @@ def sweep(
     All cells decode a sample together after one prefill; then each is timed alone. Full attention
     is always among them. A sweep that was stopped continues with the same command.
 
-    Example: shadowkv sweep --model demo --data datasets/demo --sparse-budget 64,128,256 --rank 16,32
+    Example: shadowkv sweep --model demo --data datasets/demo --sparse-budget 64,128 --rank 16,32
     """
     from shadowkv_cli.reporting import report_run
     from shadowkv_cli.sweep import sweep as run_sweep

@@ -47,6 +47,8 @@ class Group(ABC):
 
     def begin(self, prompt: Prompt) -> None:
         """Get ready for the prefill of a prompt; forgets what was decoded before."""
+        room = self.store.prompt_tokens
+        assert prompt.tokens <= room, f"a prompt of {prompt.tokens} tokens, room for {room}"
         self.reset()
 
     @abstractmethod

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from shadowkv_cli import ops
-from shadowkv_cli.methods.base import Row
 from shadowkv_cli.methods.exact import ExactGroup
-from shadowkv_cli.methods.store import PromptStore
+from shadowkv_cli.ops.select_chunks import landmark_scores, top_chunks
+from shadowkv_cli.ops.sparse_attention import fixed_scores
 
 
 class OracleGroup(ExactGroup):
-    """Rows of a perfect selector: every key is a landmark of its chunk."""
-
-    def __init__(self, rows: Sequence[Row], store: PromptStore, new_tokens: int) -> None:
-        super().__init__(rows, store, new_tokens)
-        shape = (len(rows), self.shape.num_kv_heads, store.prompt_tokens // self.chunk_size)
-        self.excluded = torch.zeros(shape, dtype=torch.bool, device=store.device)
+    """Rows of a perfect selector: chunks by their true share of the attention."""
 
     def select(self, layer: int, q: Tensor, scale: float) -> Tensor:
-        return ops.select_chunks(
-            q,
-            self.store.chunked(self.store.keys[layer], self.chunk_size),
-            self.prompt_index,
-            self.num_chunks,
-            self.excluded,
-            self.budget_chunks,
-            self.max_chunks,
-            scale,
-        )
+        """Take each chunk's mass from full attention, the largest of the group of query heads."""
+        keys = self.store.chunked(self.store.keys[layer], self.chunk_size)
+        # With every key as a landmark, a chunk's logsumexp is its unnormalised mass.
+        scores = landmark_scores(q, keys, self.prompt_index, scale)  # [R, Hk, G, C]
+        chunks = torch.arange(scores.shape[-1], device=q.device)
+        barred = (chunks >= self.num_chunks[:, None])[:, None, None]
+        scores = scores.masked_fill(barred, float("-inf"))
+        others = fixed_scores(q, self.keys[layer], self.lengths(), self.capacities) * scale
+        total = torch.logaddexp(scores.logsumexp(-1), others.logsumexp(-1))
+        shares = (scores - total[..., None]).amax(2)
+        return top_chunks(shares, self.budget_chunks, self.max_chunks)

@@ -14,7 +14,7 @@ from shadowkv_cli.ops.select_chunks import top_chunks
 
 
 class RandomGroup(ExactGroup):
-    """Rows that draw chunks; the draw depends on seed, prompt, layer and step, and on nothing else."""
+    """Rows that draw chunks; a draw depends on seed, prompt, layer and step, and nothing else."""
 
     def begin(self, prompt: Prompt) -> None:
         self.prompt_keys = {**getattr(self, "prompt_keys", {}), prompt.index: prompt.key}

@@ -1,4 +1,4 @@
-"""What sparse methods share: one address space a row, slots for what a step selects, and counting."""
+"""What sparse methods share: one address space a row, slots for a step's chunks, counting."""
 
 from __future__ import annotations
 
@@ -57,8 +57,11 @@ class SparseGroup(Group):
         device, heads, dim = store.device, self.shape.num_kv_heads, self.shape.head_dim
         kept = [self.kept(spec, store.prompt_tokens) for spec in self.specs]
         # A shorter prompt may have a longer remainder after its last whole chunk.
-        local = max(k.local_tokens for k in kept) + self.chunk_size
-        self.capacities = [max(k.outlier_tokens for k in kept), local, new_tokens]
+        outlier, local = (
+            max(getattr(k, name) for k in kept) + self.chunk_size - 1
+            for name in ("outlier_tokens", "local_tokens")
+        )
+        self.capacities = [outlier, local, new_tokens]
         self.fixed = sum(self.capacities)
         self.max_chunks = max(k.selected_chunks for k in kept)
         slots = [self.slots(s, k) for s, k in zip(self.specs, kept, strict=True)]
@@ -89,8 +92,8 @@ class SparseGroup(Group):
         self.outlier_lengths, self.local_lengths = per_row(), per_row()
         self.key_slot_counts, self.value_slot_counts = per_row(), per_row()
         self.row_kept: list[Kept] = kept
-        self.fetched = torch.zeros(count, dtype=torch.int64, device=device)
-        self.selected = torch.zeros(count, dtype=torch.int64, device=device)
+        self.fetched = torch.zeros(new_tokens + 1, count, dtype=torch.int64, device=device)
+        self.selected = torch.zeros_like(self.fetched)  # by step and row
 
     def kept(self, spec: SparseSpec, prompt_tokens: int) -> Kept:
         """What the method attends of a prompt; selected, outlier and local tokens."""
@@ -170,12 +173,16 @@ class SparseGroup(Group):
             self.values[layer],
             key_slots,
             value_slots,
-            torch.stack((self.outlier_lengths, self.local_lengths, self.generated), 1),
+            self.lengths(),
             self.capacities,
             self.chunk_size,
             scale,
         )
         return out
+
+    def lengths(self) -> Tensor:
+        """Tokens in use of each fixed section, int32 [R, 3]."""
+        return torch.stack((self.outlier_lengths, self.local_lengths, self.generated), 1)
 
     def _place(self, table: Residency, ids: Tensor) -> tuple[Tensor, Tensor]:
         return ops.update_residency(
@@ -183,9 +190,8 @@ class SparseGroup(Group):
         )
 
     def _count(self, ids: Tensor, misses: Tensor) -> None:
-        if self.steps > 1:
-            self.fetched += misses.sum((1, 2))
-            self.selected += (ids >= 0).sum((1, 2))
+        self.fetched[self.steps] += misses.sum((1, 2))
+        self.selected[self.steps] += (ids >= 0).sum((1, 2))
 
     def reset(self) -> None:
         super().reset()
@@ -198,14 +204,15 @@ class SparseGroup(Group):
                 table.clear(self.value_slot_counts)
 
     def audit(self, row: int, generated_tokens: int) -> dict[str, Any]:
-        kept, selected = self.row_kept[row], int(self.selected[row])
+        kept, own = self.row_kept[row], (slice(2, generated_tokens + 1), row)
+        fetched, selected = int(self.fetched[own].sum()), int(self.selected[own].sum())
         return {
             "attended_tokens": kept.tokens + generated_tokens,
             "selected": kept.selected_tokens,
             "outlier": kept.outlier_tokens,
             "local": kept.local_tokens,
             "generated": generated_tokens,
-            "hit_rate": 1 - int(self.fetched[row]) / selected if selected else None,
+            "hit_rate": 1 - fetched / selected if selected else None,
         }
 
 

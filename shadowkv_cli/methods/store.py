@@ -17,7 +17,7 @@ from shadowkv_cli.ops.rotary import unrotate
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt in the store: its index, its length, and a name that seeds what is drawn at random."""
+    """A prompt in the store: its index, its length, and a name that seeds random draws."""
 
     index: int
     tokens: int
@@ -100,7 +100,7 @@ class PromptStore:
             return [torch.empty(*size, dtype=dtype, **where) for _ in layers]
 
         # The tokens that full attention generates follow the prompt.
-        held = tokens + new_tokens
+        held = tokens + (new_tokens if any(spec.name == "full" for spec in specs) else 0)
         self.keys = empty(prompts, heads, held, dim) if needs.keys else []
         self.values = empty(prompts, heads, held, dim) if needs.values else []
         self.host_values = (
@@ -134,6 +134,7 @@ class PromptStore:
     def add_layer(self, layer: int, prompt: Prompt, k: Tensor, v: Tensor) -> None:
         """Take in a prompt's layer: k and v [Hk, S, D], after RoPE."""
         p, tokens = prompt.index, prompt.tokens
+        assert tokens <= self.prompt_tokens, f"a prompt of {tokens}, room for {self.prompt_tokens}"
         if self.keys:
             self.keys[layer][p, :, :tokens] = k
         if self.values:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from shadowkv_cli.config import ModelShape
@@ -69,12 +69,13 @@ def model_facts(
     return _facts(model, name, dtype)
 
 
-def _facts(model: nn.Module, name: str, dtype: torch.dtype) -> ModelFacts:
-    attention = attention_modules(model)
-    rotary_module(model)
+def _facts(model: PreTrainedModel, name: str, dtype: torch.dtype) -> ModelFacts:
+    attention: list[Any] = [*attention_modules(model)]
+    rotary_module(model)  # refuses a model that does not rotate keys
     config = model.config.get_text_config()
     parameters = sum(p.numel() for p in model.parameters())
-    ends = {m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m}
+    embeddings: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    ends = {module.weight for module in embeddings if module is not None}
     return ModelFacts(
         name=name,
         dtype=str(dtype).removeprefix("torch."),

@@ -48,7 +48,7 @@ class LoadedModel:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Turn `auto`, `cpu`, `cuda` or `cuda:N` into a device. Raises UsageError where it is not here."""
+    """Turn `auto`, `cpu`, `cuda` or `cuda:N` into a device. Raises UsageError if it is not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -66,7 +66,8 @@ def compute_table(
     they would otherwise change in the middle of an answer.
     """
     like = torch.empty(1, dtype=dtype, device=device)
-    rotary(like, torch.arange(prompt_tokens, device=device)[None])
+    for tokens in (1, prompt_tokens):  # the first undoes what a longer prompt left behind
+        rotary(like, torch.arange(tokens, device=device)[None])
     plain = inspect.unwrap(type(rotary).forward)
     cos, sin = plain(rotary, like, torch.arange(total_tokens, device=device)[None])
     half = cos.shape[-1] // 2

@@ -130,10 +130,10 @@ class Session:
         )
         probe = tuple(torch.cat((cos[min(1, total - 1)], cos[-1], sin[-1])).tolist())
         tables = self.store.tables
-        if tables is None:
+        if tables is None or self.num_prompts == 1:
             index = torch.zeros(self.num_prompts, dtype=torch.int32, device=loaded.device)
             tables = RotaryTables(cos[None], sin[None], index, loaded.interleaved)
-            self._tables[probe] = 0
+            self._tables = {probe: 0}
         elif probe not in self._tables:
             self._tables[probe] = tables.cos.shape[0]
             tables.cos = torch.cat((tables.cos, cos[None]))

@@ -33,14 +33,17 @@ def top_chunks(scores: Tensor, budget_chunks: Tensor, max_chunks: int) -> Tensor
         budget_chunks: int32 [R], chunks wanted per row.
         max_chunks: N, the most that any row wants.
     """
-    chunks = scores.shape[-1]
-    best, ids = scores.topk(min(max_chunks, chunks), dim=-1)
-    rank = torch.arange(ids.shape[-1], device=ids.device)
-    unwanted = (rank >= budget_chunks[:, None, None]) | torch.isneginf(best)
-    ids = ids.masked_fill(unwanted, chunks).sort(-1).values
-    ids = ids.masked_fill(ids == chunks, -1).to(torch.int32)
-    if ids.shape[-1] < max_chunks:
-        ids = torch.nn.functional.pad(ids, (0, max_chunks - ids.shape[-1]), value=-1)
+    best = scores.topk(min(max_chunks, scores.shape[-1]), dim=-1).values
+    wanted = budget_chunks.clamp(max=best.shape[-1])[:, None, None]
+    last = best.gather(2, (wanted - 1).clamp_min(0).long().expand(-1, best.shape[1], -1))
+    # Ties at the cut go to the lower id.
+    above, ties = scores > last, scores == last
+    room = wanted - above.sum(-1, keepdim=True)
+    chosen = (above | (ties & (ties.cumsum(-1) <= room))) & (wanted > 0) & ~torch.isneginf(scores)
+    row, head, chunk = chosen.nonzero(as_tuple=True)
+    place = chosen.cumsum(-1)[row, head, chunk] - 1
+    ids = budget_chunks.new_full((*scores.shape[:2], max_chunks), -1, dtype=torch.int32)
+    ids[row, head, place] = chunk.to(torch.int32)
     return ids
 
 
@@ -60,10 +63,11 @@ def _reference(
     check(excluded.shape[1:] == (heads, chunks), op, f"excluded must be [R, {heads}, {chunks}]")
     scores = landmark_scores(query, landmarks, prompt_index, scale)
     beyond = torch.arange(chunks, device=query.device) >= num_chunks[:, None]
-    barred = excluded | beyond[:, None]
-    scores = scores.masked_fill(barred[:, :, None], float("-inf"))
+    barred = (excluded | beyond[:, None])[:, :, None]
     # The logarithm of the softmax has its order and does not underflow into ties.
-    return top_chunks(scores.log_softmax(-1).amax(2), budget_chunks, max_chunks)
+    scores = scores.masked_fill(barred, float("-inf")).log_softmax(-1)
+    best_of_group = scores.masked_fill(barred, float("-inf")).amax(2)
+    return top_chunks(best_of_group, budget_chunks, max_chunks)
 
 
 def _fake(query, landmarks, prompt_index, num_chunks, excluded, budget_chunks, max_chunks, scale):

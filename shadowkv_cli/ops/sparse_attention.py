@@ -17,6 +17,14 @@ def _in_use(lengths: Tensor, capacities: list[int]) -> Tensor:
     return torch.cat(parts, 1)
 
 
+def fixed_scores(query: Tensor, keys: Tensor, lengths: Tensor, capacities: list[int]) -> Tensor:
+    """Unscaled logits over the fixed part, minus infinity where it is not in use: [R, Hk, G, F]."""
+    rows, q_heads, dim = query.shape
+    grouped = query.view(rows, keys.shape[1], q_heads // keys.shape[1], dim)
+    scores = torch.matmul(grouped, keys[:, :, : sum(capacities)].transpose(2, 3)).float()
+    return scores.masked_fill_(~_in_use(lengths, capacities)[:, None, None], float("-inf"))
+
+
 def _gather(space: Tensor, slots: Tensor, fixed: int, chunk_size: int) -> Tensor:
     """The chunks in the given slots, in their order: [R, Hk, N * c, D]."""
     rows, heads, _, dim = space.shape
@@ -40,25 +48,33 @@ def _reference(
     rows, q_heads, dim = query.shape
     heads, fixed = keys.shape[1], sum(capacities)
     check(
+        q_heads % heads == 0,
+        "sparse_attention",
+        f"{q_heads} query heads do not share {heads} KV heads",
+    )
+    check(
         lengths.shape == (rows, len(capacities)),
         "sparse_attention",
         f"lengths must be [{rows}, {len(capacities)}], got {list(lengths.shape)}",
     )
     grouped = query.view(rows, heads, q_heads // heads, dim)
-    scores = torch.matmul(grouped, keys[:, :, :fixed].transpose(2, 3)).float()
-    scores.masked_fill_(~_in_use(lengths, capacities)[:, None, None], float("-inf"))
+    scores = fixed_scores(query, keys, lengths, capacities)
     if chosen := key_slots.shape[-1]:
         selected = torch.matmul(
             grouped, _gather(keys, key_slots, fixed, chunk_size).transpose(2, 3)
         ).float()
-        empty = (key_slots < 0).repeat_interleave(chunk_size, -1)
+        empty = (key_slots < 0).repeat_interleave(chunk_size, -1)  # [R, Hk, N*c]
         scores = torch.cat((scores, selected.masked_fill_(empty[:, :, None], float("-inf"))), -1)
     scores *= scale
     lse = scores.logsumexp(-1)
     weights = (scores - lse[..., None]).exp().to(values.dtype)
-    out = torch.matmul(weights[..., :fixed], values[:, :, :fixed])
+    # A weight of 0 does not hide what is not finite.
+    unused = ~_in_use(lengths, capacities)[:, None, :, None]
+    held = values[:, :, :fixed].masked_fill(unused, 0)
+    out = torch.matmul(weights[..., :fixed], held)
     if chosen:
         attended = _gather(values, value_slots, fixed, chunk_size)
+        attended = attended.masked_fill_(empty[..., None], 0)
         out = out + torch.matmul(weights[..., fixed:], attended)
     return out.reshape(rows, q_heads, dim), lse.reshape(rows, q_heads)
 

@@ -1,0 +1,235 @@
+"""What a command would do: how many prefills and tokens, bytes, and the time they may take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec, SparseSpec
+from shadowkv_cli.console import format_bytes, format_duration, print_json
+from shadowkv_cli.errors import UsageError
+from shadowkv_cli.evaluate import check_tokenizer, choose_samples, find_missing
+from shadowkv_cli.results import done_cells, read_run
+from shadowkv_cli.run_config import BenchConfig, BenchSettings, EvalConfig, ModelChoice, SweepConfig
+from shadowkv_cli.tasks.rows import Dataset
+
+if TYPE_CHECKING:
+    from shadowkv_cli.bench.probes import Probe
+    from shadowkv_cli.model.facts import ModelFacts
+
+ROW_BYTES = 1500
+"""Of a row of results, about."""
+
+
+@dataclass
+class Plan:
+    """Facts of a run that has not happened: for people as lines, for programs as one object."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+
+    def show(self, *, as_json: bool) -> None:
+        if as_json:
+            print_json({"dry_run": True, **self.facts})
+            return
+        for line in [*self.lines, "Nothing was run (--dry-run)."]:
+            print(line)
+
+
+def step_bytes(spec: MethodSpec, shape: ModelShape, prompt_tokens: int) -> int:
+    """Bytes of cache that one decoded token reads, all layers."""
+    if not isinstance(spec, SparseSpec) or spec.is_dense(prompt_tokens):
+        return shape.kv_bytes(prompt_tokens)
+    read = shape.kv_bytes(spec.keeps(prompt_tokens).tokens)
+    per_token = shape.num_layers * shape.element_bytes
+    if isinstance(spec, ShadowKVSpec):
+        chunks = prompt_tokens // spec.chunk_size
+        read += per_token * chunks * spec.landmarks_per_chunk * shape.key_width
+        read += per_token * spec.keeps(prompt_tokens).selected_tokens * spec.rank
+    if spec.name == "oracle":
+        read += shape.kv_bytes(prompt_tokens) // 2
+    return read
+
+
+def _model(
+    choice: ModelChoice, specs: Sequence[MethodSpec], tokens: int
+) -> tuple[ModelFacts, Probe]:
+    """Facts of the model, checked as a run would check them, and the device's probe."""
+    from shadowkv_cli.bench.probes import stored_or_measured
+    from shadowkv_cli.model.facts import model_facts
+    from shadowkv_cli.model.loading import resolve_device, resolve_dtype
+
+    device = resolve_device(choice.device)
+    dtype = resolve_dtype(choice.dtype, device)
+    facts = model_facts(
+        choice.name,
+        revision=choice.revision,
+        trust_remote_code=choice.trust_remote_code,
+        offline=choice.offline,
+        dtype=dtype,
+    )
+    for spec in specs:
+        spec.check_model(facts.shape)
+    if tokens > facts.max_positions:
+        raise UsageError(
+            f"The context of {tokens} tokens does not fit {choice.name}, which has "
+            f"max_position_embeddings {facts.max_positions}: use a shorter --context-length."
+        )
+    return facts, stored_or_measured(device, [dtype])
+
+
+def describe_evaluation(config: EvalConfig, kind: str = "eval") -> Plan:
+    """What `eval`, or the accuracy phase of `sweep`, would do.
+
+    Raises the UsageErrors that the run would raise before its first prefill.
+    """
+    from shadowkv_cli.bench.estimate import decode_seconds, prefill_seconds
+    from shadowkv_cli.tasks.tokenization import load_tokenizer
+
+    dataset = Dataset.open(config.data)
+    work = choose_samples(config, dataset)
+    choice = config.model
+    tokenizer = load_tokenizer(
+        choice.name,
+        revision=choice.revision,
+        trust_remote_code=choice.trust_remote_code,
+        offline=choice.offline,
+    )
+    check_tokenizer(config, dataset, tokenizer, choice.name)
+    facts, probe = _model(choice, config.specs, work.longest)
+    old = [] if config.fresh or not config.output.exists() else read_run(config.output).predictions
+    find_missing(work, config.specs, done_cells(old, include_failed=False))
+    seconds, generated = 0.0, 0
+    for sample in work.todo:
+        cells = work.missing[sample.id]
+        read = sum(step_bytes(spec, facts.shape, sample.prompt_tokens) for spec in cells)
+        seconds += prefill_seconds(facts, probe, sample.prompt_tokens)
+        seconds += decode_seconds(facts, probe, read, sample.max_new_tokens)
+        generated += len(cells) * sample.max_new_tokens
+    rows = sum(map(len, work.missing.values()))
+    longest = max(sample.prompt_tokens for sample in work.samples)
+    held = _shared_bytes(config.specs, facts.shape, longest, work.room)
+    prompt_tokens = sum(sample.prompt_tokens for sample in work.todo)
+    plan = Plan(
+        {
+            "kind": kind,
+            "output": str(config.output),
+            "cells": [spec.cell for spec in config.specs],
+            "samples": len(work.samples),
+            "samples_done": len(work.samples) - len(work.todo),
+            "prefills": len(work.todo),
+            "prompt_tokens": prompt_tokens,
+            "max_generated_tokens": generated,
+            "rows": rows,
+            "weight_bytes": facts.weight_bytes,
+            "cache_bytes": held,
+            "output_bytes": rows * ROW_BYTES,
+            "estimated_seconds": seconds,
+        }
+    )
+    plan.lines = [
+        f"Would run {kind} of {choice.name} on {config.data}, into {config.output}:",
+        *(f"  {spec.cell}: {_budget(spec, longest)}" for spec in config.specs),
+        f"  {len(work.todo)} prefills of {prompt_tokens:,} tokens in all "
+        f"({len(work.samples) - len(work.todo)} of {len(work.samples)} samples are done), then at "
+        f"most {generated:,} generated tokens in {len(config.specs)} cells",
+        f"  memory: {format_bytes(facts.weight_bytes)} of weights, {format_bytes(held)} of caches; "
+        f"disk: about {format_bytes(rows * ROW_BYTES)}",
+        f"  time: about {format_duration(seconds)}, estimated from the probe of this device",
+    ]
+    return plan
+
+
+def _budget(spec: MethodSpec, prompt_tokens: int) -> str:
+    if not isinstance(spec, SparseSpec):
+        return f"all of up to {prompt_tokens:,} tokens"
+    if spec.is_dense(prompt_tokens):
+        return f"full attention: {prompt_tokens:,} tokens are not more than it keeps"
+    kept = spec.keeps(prompt_tokens)
+    return (
+        f"{kept.tokens:,} of {prompt_tokens:,} tokens ({kept.selected_tokens:,} selected, "
+        f"{kept.outlier_tokens} outliers, {kept.local_tokens} local)"
+    )
+
+
+def _shared_bytes(specs: Sequence[MethodSpec], shape: ModelShape, tokens: int, new: int) -> int:
+    """Bytes of all cells over one prompt: what they share, and each one's own buffers."""
+    held = [spec.cache_bytes(shape, tokens, new) for spec in specs]
+    full = max((h.device + h.host for h in held), default=0)
+    shadow = [s for s in specs if isinstance(s, ShadowKVSpec)]
+    low_rank = max((s.rank for s in shadow), default=0)
+    own = sum(shape.kv_bytes(spec.keeps(tokens).tokens + new) for spec in shadow)
+    return full + own + low_rank * tokens * shape.num_layers * shape.element_bytes
+
+
+def _describe_throughput(
+    settings: BenchSettings, specs: Sequence[MethodSpec], facts: ModelFacts, probe: Probe
+) -> tuple[float, int, list[str]]:
+    """Seconds, measurements and a line of the throughput phase; `equal` and `auto` count as 1."""
+    from shadowkv_cli.bench.estimate import decode_seconds, prefill_seconds
+
+    seconds, count = 0.0, 0
+    for tokens in settings.context_lengths:
+        for rule in settings.batch_rules:
+            batch = int(rule) if rule.isdigit() else 1
+            prefills = batch * (1 if settings.share else len(specs))
+            if settings.state != "synthetic":
+                seconds += prefills * prefill_seconds(facts, probe, tokens)
+            for spec in specs:
+                read = batch * step_bytes(spec, facts.shape, tokens)
+                one_round = decode_seconds(facts, probe, read, settings.new_tokens)
+                seconds += settings.rounds * one_round
+                count += settings.rounds
+    line = (
+        f"  throughput: {count} measurements ({len(specs)} cells, lengths "
+        f"{', '.join(map(str, settings.context_lengths))}, batch {', '.join(settings.batch_rules)},"
+        f" {settings.rounds} rounds) of {settings.new_tokens} steps, state {settings.state}: about "
+        f"{format_duration(seconds)}"
+    )
+    return seconds, count, [line]
+
+
+def describe_benchmark(config: BenchConfig) -> Plan:
+    """What `bench` would do."""
+    settings = config.settings
+    longest = max(settings.context_lengths)
+    facts, probe = _model(config.model, config.specs, longest + settings.new_tokens)
+    seconds, count, lines = _describe_throughput(settings, config.specs, facts, probe)
+    held = max(
+        s.cache_bytes(facts.shape, longest, settings.new_tokens).device for s in config.specs
+    )
+    plan = Plan(
+        {
+            "kind": "bench",
+            "output": str(config.output),
+            "cells": [spec.cell for spec in config.specs],
+            "measurements": count,
+            "weight_bytes": facts.weight_bytes,
+            "cache_bytes_per_sequence": held,
+            "estimated_seconds": seconds,
+        }
+    )
+    plan.lines = [
+        f"Would run bench of {config.model.name}, into {config.output}:",
+        *lines,
+        f"  memory: {format_bytes(facts.weight_bytes)} of weights, up to {format_bytes(held)} of "
+        "cache a sequence",
+    ]
+    return plan
+
+
+def describe_sweep(config: SweepConfig) -> Plan:
+    """What both phases of `sweep` would do."""
+    plan = describe_evaluation(config.evaluation, "sweep")
+    settings = config.throughput
+    if settings is None:
+        return plan
+    specs = config.evaluation.specs
+    longest = max(settings.context_lengths) + settings.new_tokens
+    facts, probe = _model(config.evaluation.model, specs, longest)
+    seconds, count, lines = _describe_throughput(settings, specs, facts, probe)
+    total = seconds + plan.facts["estimated_seconds"]
+    plan.facts |= {"measurements": count, "estimated_seconds": total}
+    plan.lines += [*lines, f"  both phases: about {format_duration(total)}"]
+    return plan

@@ -1,0 +1,51 @@
+"""Shared by the tests: a small model in a folder, and data that its tokenizer fitted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from shadowkv_cli.cli import run
+from shadowkv_cli.tasks.tokenization import load_tokenizer
+
+
+def save_tiny_model(path: Path, **changes) -> Path:
+    """A random Llama of two layers that reads the demo tokenizer's text."""
+    tokenizer = load_tokenizer("demo")
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.2,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(**(sizes | changes))).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def ruler_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three samples each of two tasks at 1,024 tokens, by the demo tokenizer."""
+    folder = tmp_path_factory.mktemp("data") / "ruler"
+    command = "build-data ruler --tokenizer demo --context-length 1k --num-samples 3"
+    tasks = "niah_single_2,vt"
+    assert run([*command.split(), "--tasks", tasks, "--output", str(folder)]) == 0
+    return folder
