@@ -35,7 +35,7 @@ demo: ## Build data, evaluate, sweep and plot with the bundled model, on a CPU, 
 	@echo "accuracy and speed of each, and pictures of the trade-off are drawn."
 	@$(MAKE) --no-print-directory setup
 	HF_HUB_OFFLINE=1 $(BIN)/shadowkv build-data ruler --tokenizer demo --context-length 4k \
-		--num-samples 4 --tasks niah_single_1,niah_multikey_1,vt --output $(DEMO_DATA)
+		--num-samples 3 --tasks niah_single_1,niah_multikey_1,vt --output $(DEMO_DATA)
 	HF_HUB_OFFLINE=1 $(BIN)/shadowkv eval --model demo --data $(DEMO_DATA) \
 		--method full,shadowkv --output $(DEMO_RUN)-eval
 	HF_HUB_OFFLINE=1 $(BIN)/shadowkv sweep --model demo --data $(DEMO_DATA) \

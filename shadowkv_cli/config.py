@@ -212,10 +212,11 @@ class SparseSpec(MethodSpec):
     def wanted(self, prompt_tokens: int) -> Kept:
         """What the settings ask for, before it is clipped to the prompt."""
         budget = self.sparse_budget.resolve(prompt_tokens, self.chunk_size)
-        outliers = self.outlier_chunks
-        if outliers == "auto":
+        if self.outlier_chunks == "auto":
             chunks = budget * OUTLIER_TOKENS_PER_BUDGET / self.chunk_size
             outliers = max(1, math.floor(chunks + Fraction(1, 2)))
+        else:
+            outliers = self.outlier_chunks
         local = self.local_chunks * self.chunk_size + prompt_tokens % self.chunk_size
         return Kept(budget // self.chunk_size, outliers, local, self.chunk_size)
 

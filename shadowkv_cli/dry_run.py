@@ -62,13 +62,7 @@ def _model(
 
     device = resolve_device(choice.device)
     dtype = resolve_dtype(choice.dtype, device)
-    facts = model_facts(
-        choice.name,
-        revision=choice.revision,
-        trust_remote_code=choice.trust_remote_code,
-        offline=choice.offline,
-        dtype=dtype,
-    )
+    facts = model_facts(choice, dtype)
     for spec in specs:
         spec.check_model(facts.shape)
     if tokens > facts.max_positions:

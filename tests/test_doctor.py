@@ -11,7 +11,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from shadowkv_cli import environment
+from shadowkv_cli import diagnosis, environment
 from shadowkv_cli.bench import probes
 from shadowkv_cli.commands import doctor as command
 from shadowkv_cli.errors import UsageError
@@ -89,8 +89,8 @@ def test_an_unknown_requirement_says_what_was_meant() -> None:
 
 @pytest.mark.parametrize("name", ["torch", "numpy"])
 def test_a_package_that_is_too_old_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = command._version
-    monkeypatch.setattr(command, "_version", lambda n: "0.1" if n == name else real(n))
+    real = diagnosis._version
+    monkeypatch.setattr(diagnosis, "_version", lambda n: "0.1" if n == name else real(n))
     code, checks, missing = report()
     assert (code, missing) == (1, [name])
     assert "too old" in checks[name]["found"]
@@ -98,8 +98,8 @@ def test_a_package_that_is_too_old_fails(name: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_package_that_is_missing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = command._version
-    monkeypatch.setattr(command, "_version", lambda n: None if n == "scipy" else real(n))
+    real = diagnosis._version
+    monkeypatch.setattr(diagnosis, "_version", lambda n: None if n == "scipy" else real(n))
     code, checks, _ = report()
     assert (code, checks["scipy"]["found"]) == (1, "not installed")
 
@@ -129,7 +129,7 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_hub_that_refuses(no_proxy: None) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    assert "refused" in command._hub_failure(f"http://127.0.0.1:{port}").lower()
+    assert "refused" in diagnosis._hub_failure(f"http://127.0.0.1:{port}").lower()
 
 
 def test_a_hub_that_says_no_is_in_reach(no_proxy: None) -> None:
@@ -146,13 +146,13 @@ def test_a_hub_that_says_no_is_in_reach(no_proxy: None) -> None:
     server = HTTPServer(("127.0.0.1", 0), Forbidden)
     Thread(target=server.handle_request, daemon=True).start()
     try:
-        assert command._hub_failure(f"http://127.0.0.1:{server.server_port}") == ""
+        assert diagnosis._hub_failure(f"http://127.0.0.1:{server.server_port}") == ""
     finally:
         server.server_close()
 
 
 def test_a_hub_that_hangs(no_proxy: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "HUB_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(diagnosis, "HUB_TIMEOUT_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        assert command._hub_failure(f"http://127.0.0.1:{port}")
+        assert diagnosis._hub_failure(f"http://127.0.0.1:{port}")

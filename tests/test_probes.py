@@ -19,6 +19,7 @@ from shadowkv_cli.bench.estimate import (
 from shadowkv_cli.bench.probes import Probe
 from shadowkv_cli.errors import ShadowKVError, UsageError
 from shadowkv_cli.model.facts import ModelFacts, model_facts
+from shadowkv_cli.run_config import ModelChoice
 from shadowkv_cli.testing import tiny_model
 
 CPU = torch.device("cpu")
@@ -118,7 +119,7 @@ def test_a_dtype_that_was_not_measured_is_measured_beside_the_others(small_work:
 def test_facts_equal_those_of_a_model_in_memory(tmp_path: Path) -> None:
     loaded = tiny_model("llama")
     loaded.model.config.save_pretrained(tmp_path)
-    facts = model_facts(str(tmp_path), dtype=loaded.dtype, offline=True)
+    facts = model_facts(ModelChoice(str(tmp_path), offline=True), loaded.dtype)
     parameters = sum(p.numel() for p in loaded.model.parameters())
     config = loaded.model.config
     ends = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
@@ -129,19 +130,19 @@ def test_facts_equal_those_of_a_model_in_memory(tmp_path: Path) -> None:
 
 
 def test_facts_of_the_demo_model() -> None:
-    facts = model_facts("demo", dtype=torch.float32)
+    facts = model_facts(ModelChoice("demo"), torch.float32)
     assert (facts.dtype, facts.shape.num_layers) == ("float32", 6)
 
 
 def test_facts_of_what_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no config\.json"):
-        model_facts(str(tmp_path), dtype=torch.float32)
-    with pytest.raises(ShadowKVError, match="Cannot read the configuration of nobody/nothing"):
-        model_facts("nobody/nothing", dtype=torch.float32, offline=True)
+        model_facts(ModelChoice(str(tmp_path)), torch.float32)
+    with pytest.raises(ShadowKVError, match="Cannot load the model nobody/nothing"):
+        model_facts(ModelChoice("nobody/nothing", offline=True), torch.float32)
 
 
 def llama_8b() -> ModelFacts:
-    shape = dataclasses.replace(model_facts("demo", dtype=torch.bfloat16).shape)
+    shape = dataclasses.replace(model_facts(ModelChoice("demo"), torch.bfloat16).shape)
     shape = dataclasses.replace(shape, num_layers=32, num_q_heads=32, num_kv_heads=8, head_dim=128)
     return ModelFacts(
         name="8b",

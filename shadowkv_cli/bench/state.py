@@ -31,9 +31,8 @@ def fill_synthetic(session: Session, prompt_tokens: int) -> torch.Tensor:
             store.add_layer(layer, prompt, k, v)
             for _, group in session.groups:
                 group.prefill_layer(layer, prompt, q, k, v)
-    vocabulary = session.loaded.model.get_input_embeddings().weight.shape[0]
     return torch.randint(
-        vocabulary, (session.num_prompts,), generator=generator, device=store.device
+        session.loaded.vocab_size, (session.num_prompts,), generator=generator, device=store.device
     )
 
 

@@ -110,8 +110,7 @@ class _Bench:
         tokens, batch = case.context_length, case.batch_size
         prompts: list[list[int]] = []
         if settings.state == "tokens":
-            embeddings = self.loaded.model.get_input_embeddings()
-            prompts = random_prompts(batch, tokens, embeddings.weight.shape[0])
+            prompts = random_prompts(batch, tokens, self.loaded.vocab_size)
         elif settings.state == "prompts":
             assert self.prompts is not None, "prompts come with the state 'prompts'"
             prompts = self.prompts(tokens, batch)
@@ -147,14 +146,14 @@ def measure(session: Session, first: torch.Tensor, case: Case, settings: BenchSe
         if step >= settings.warmup_steps:
             step_ms.append((time.perf_counter() - started) * 1e3)
     audits = [session.audit(row, settings.new_tokens) for row in range(case.batch_size)]
-    hits = [float(a["hit_rate"]) for a in audits if a["hit_rate"] is not None]
+    hits = [a["hit_rate"] for a in audits if a["hit_rate"] is not None]
     return {
         "tokens_per_s": case.batch_size * len(step_ms) / sum(step_ms) * 1e3,
         "step_ms_p50": float(np.percentile(step_ms, 50)),
         "step_ms_p99": float(np.percentile(step_ms, 99)),
         "step_ms": [round(ms, 4) for ms in step_ms],
         "hit_rate": sum(hits) / len(hits) if hits else None,
-        "attended_tokens": sum(int(a["attended_tokens"]) for a in audits) / len(audits),
+        "attended_tokens": sum(a["attended_tokens"] for a in audits) / len(audits),
         "error": None,
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers import logging as transformers_logging
 
 from shadowkv_cli.config import ModelShape
-from shadowkv_cli.errors import ShadowKVError, UsageError
 from shadowkv_cli.model.demo import demo_config
+from shadowkv_cli.model.loading_errors import explained
 from shadowkv_cli.model.rotary import attention_modules, rotary_module
+from shadowkv_cli.run_config import ModelChoice
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,7 @@ class ModelFacts:
     weight_bytes: int
 
 
-def model_facts(
-    name: str,
-    *,
-    dtype: torch.dtype,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    offline: bool = False,
-) -> ModelFacts:
+def model_facts(choice: ModelChoice, dtype: torch.dtype) -> ModelFacts:
     """Describe `demo`, a folder or a hub model by building it without memory (the meta device).
 
     Raises:
@@ -55,18 +48,21 @@ def model_facts(
         ShadowKVError: the configuration is gated, not in reach or not readable.
     """
     transformers_logging.set_verbosity_error()
-    if name == "demo":
-        config: PreTrainedConfig = _demo_config()
-    else:
-        config = _load_config(name, revision, trust_remote_code, offline)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
+    trust = choice.trust_remote_code
+    with explained(choice) as local:
+        config = (
+            _demo_config()
+            if choice.name == "demo"
+            else AutoConfig.from_pretrained(
+                choice.name,
+                revision=choice.revision or "main",
+                trust_remote_code=trust,
+                local_files_only=local,
             )
-    except (ValueError, ImportError) as error:
-        raise UsageError(f"Cannot build the model {name}: {_one_line(error)}") from None
-    return _facts(model, name, dtype)
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+    return _facts(model, choice.name, dtype)
 
 
 def _facts(model: PreTrainedModel, name: str, dtype: torch.dtype) -> ModelFacts:
@@ -100,24 +96,3 @@ def _demo_config() -> PreTrainedConfig:
     return demo_config(
         len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     )
-
-
-def _load_config(name: str, revision: str | None, trust: bool, offline: bool) -> PreTrainedConfig:
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise UsageError(f"The folder {name} holds no model: it has no config.json.")
-    try:
-        return AutoConfig.from_pretrained(
-            name,
-            revision=revision or "main",
-            trust_remote_code=trust,
-            local_files_only=offline,
-        )
-    except (OSError, ValueError) as error:
-        raise ShadowKVError(
-            f"Cannot read the configuration of {name}: {_one_line(error)} (a folder with "
-            "config.json, a hub id with the hub in reach, or `demo`)"
-        ) from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from shadowkv_cli.config import MethodSpec, ModelShape
-from shadowkv_cli.errors import ShadowKVError, UsageError
+from shadowkv_cli.errors import UsageError
 from shadowkv_cli.model.demo import demo_config, random_demo_model
+from shadowkv_cli.model.loading_errors import explained
 from shadowkv_cli.model.rotary import attention_modules, is_interleaved
 from shadowkv_cli.run_config import ModelChoice
 
@@ -32,6 +32,7 @@ class LoadedModel:
     device: torch.device
     eos_ids: frozenset[int]
     max_positions: int
+    vocab_size: int
     interleaved: bool
     fingerprint: str
     random_weights: bool
@@ -71,36 +72,17 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _from_pretrained(choice: ModelChoice, dtype: torch.dtype) -> PreTrainedModel:
     """Load from the hub or a folder; every known way to fail becomes one line."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-
-    name, trust = choice.name, choice.trust_remote_code
-    try:
+    trust = choice.trust_remote_code
+    with explained(choice) as local:
         return AutoModelForCausalLM.from_pretrained(
-            name,
+            choice.name,
             dtype=dtype,
             revision=choice.revision or "main",
             trust_remote_code=trust,
-            local_files_only=choice.offline,
+            local_files_only=local,
             # Anything but safetensors is unpickled, which runs code.
             use_safetensors=None if trust else True,
         )
-    except GatedRepoError:
-        raise ShadowKVError(
-            f"The model {name} is gated: accept its licence on the hub, then run "
-            "`huggingface-cli login`."
-        ) from None
-    except RepositoryNotFoundError:
-        raise UsageError(
-            f"There is no model {name} on the hub, nor a folder of that name."
-        ) from None
-    except HfHubHTTPError as error:
-        raise ShadowKVError(f"The hub refused {name}: {error}") from None
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ShadowKVError(
-            f"Cannot load the model {name}: {reason} (a folder with config.json and safetensors, a "
-            "hub id with the hub in reach, or `demo`)"
-        ) from None
 
 
 def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
@@ -147,6 +129,7 @@ def describe(model: PreTrainedModel, name: str, *, random_weights: bool = False)
         device=next(model.parameters()).device,
         eos_ids=_eos_ids(model),
         max_positions=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
         interleaved=is_interleaved(model),
         fingerprint=_fingerprint(model),
         random_weights=random_weights,
@@ -179,7 +162,5 @@ def load_model(choice: ModelChoice) -> LoadedModel:
             )
         ).to(precision)
     else:
-        if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-            raise UsageError(f"The folder {name} holds no model: it has no config.json.")
         model = _from_pretrained(choice, precision)
     return describe(model.to(where), name, random_weights=random_weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,11 @@ def rotary_module(model: nn.Module) -> nn.Module:
     return found[0]
 
 
-def attention_modules(model: nn.Module) -> list[nn.Module]:
+def attention_modules(model: nn.Module) -> list[Any]:
     """The attention of each layer, in order."""
-    found = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj")]
+    found: list[Any] = [
+        m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj")
+    ]
     if not found:
         raise UsageError(f"{type(model).__name__} has no attention layers that methods know.")
     return sorted(found, key=lambda m: int(m.layer_idx))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,9 @@ class _PassingLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -176,7 +179,7 @@ class Session:
 
     def _forward(self, ids: Tensor, positions: Tensor, before: int) -> Tensor:
         """Logits of the last token of each row, float32 [rows, V]."""
-        layers = [_PassingLayer(before) for _ in range(self.loaded.shape.num_layers)]
+        layers: list[Any] = [_PassingLayer(before) for _ in range(self.loaded.shape.num_layers)]
         with attached(self.loaded.model, self):
             out = self.loaded.model(
                 input_ids=ids,
@@ -254,7 +257,7 @@ class Session:
                 return answers
             tokens = self.decode_step(tokens).argmax(-1)
 
-    def audit(self, row: int, generated_tokens: int) -> dict[str, object]:
+    def audit(self, row: int, generated_tokens: int) -> dict[str, Any]:
         """The budget audit of a row, see `Group.audit`."""
         for places, group in self.decoding:
             if row in places:

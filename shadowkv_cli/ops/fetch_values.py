@@ -17,13 +17,14 @@ def _reference(
         f"values hold chunks of {list(values.shape[-2:])}, buffer {list(buffer.shape[-2:])}",
     )
     row, head, place = misses.nonzero(as_tuple=True)
-    where = (prompt_index[row].long(), head, ids[row, head, place].long())
-    if values.device != buffer.device:
-        where = tuple(index.to(values.device) for index in where)
+    wanted = (prompt_index[row].long(), head, ids[row, head, place].long())
+    where = tuple(index.to(values.device) for index in wanted)
     buffer[row, head, slots[row, head, place].long()] = values[where].to(buffer.device)
 
 
-def _fake(values, prompt_index, ids, slots, misses, buffer):
+def _fake(
+    values: Tensor, prompt_index: Tensor, ids: Tensor, slots: Tensor, misses: Tensor, buffer: Tensor
+) -> None:
     return None
 
 

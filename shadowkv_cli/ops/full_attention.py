@@ -35,7 +35,9 @@ def _reference(
     return out
 
 
-def _fake(query, keys, values, prompt_index, lengths, scale):
+def _fake(
+    query: Tensor, keys: Tensor, values: Tensor, prompt_index: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
     return torch.empty_like(query)
 
 

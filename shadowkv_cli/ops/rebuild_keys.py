@@ -62,19 +62,19 @@ def _reference(
 
 
 def _fake(
-    coefficients,
-    basis,
-    prompt_index,
-    rank,
-    ids,
-    slots,
-    misses,
-    cos,
-    sin,
-    table_index,
-    interleaved,
-    buffer,
-):
+    coefficients: Tensor,
+    basis: Tensor,
+    prompt_index: Tensor,
+    rank: Tensor,
+    ids: Tensor,
+    slots: Tensor,
+    misses: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    table_index: Tensor,
+    interleaved: bool,
+    buffer: Tensor,
+) -> None:
     return None
 
 

@@ -70,7 +70,16 @@ def _reference(
     return top_chunks(best_of_group, budget_chunks, max_chunks)
 
 
-def _fake(query, landmarks, prompt_index, num_chunks, excluded, budget_chunks, max_chunks, scale):
+def _fake(
+    query: Tensor,
+    landmarks: Tensor,
+    prompt_index: Tensor,
+    num_chunks: Tensor,
+    excluded: Tensor,
+    budget_chunks: Tensor,
+    max_chunks: int,
+    scale: float,
+) -> Tensor:
     shape = (query.shape[0], landmarks.shape[1], max_chunks)
     return query.new_empty(shape, dtype=torch.int32)
 

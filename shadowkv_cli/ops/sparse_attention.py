@@ -80,7 +80,15 @@ def _reference(
 
 
 def _fake(
-    query, keys, values, key_slots, value_slots, lengths, capacities, chunk_size, scale
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_slots: Tensor,
+    value_slots: Tensor,
+    lengths: Tensor,
+    capacities: list[int],
+    chunk_size: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
 

@@ -39,7 +39,9 @@ def _reference(
     return slots, misses
 
 
-def _fake(ids, step, chunk_of_slot, last_used, slot_of_chunk):
+def _fake(
+    ids: Tensor, step: Tensor, chunk_of_slot: Tensor, last_used: Tensor, slot_of_chunk: Tensor
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(ids), torch.empty_like(ids, dtype=torch.bool)
 
 
