@@ -68,7 +68,11 @@ def _packages() -> list[Check]:
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
-    package = metadata.metadata("shadowkv-cli")
+    try:
+        package = metadata.metadata("shadowkv-cli")
+    except metadata.PackageNotFoundError:
+        advice = "install it to have its requirements checked: pip install -e ."
+        return [Check("shadowkv-cli", "note", "runs from a folder, not installed", advice)]
     python, wanted = platform.python_version(), package["Requires-Python"]
     fits = SpecifierSet(wanted).contains(python)
     advice = "" if fits else f"make a virtual environment with Python {wanted}"

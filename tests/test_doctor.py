@@ -156,3 +156,15 @@ def test_a_hub_that_hangs(no_proxy: None, monkeypatch: pytest.MonkeyPatch) -> No
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         assert diagnosis._hub_failure(f"http://127.0.0.1:{port}")
+
+
+def test_it_runs_from_a_folder_that_is_not_installed(monkeypatch) -> None:
+    from importlib import metadata
+
+    def missing(name: str):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "metadata", missing)
+    check = diagnosis._packages()[0]
+    assert check.state == "note"
+    assert "pip install" in check.advice

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import time
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -58,11 +59,13 @@ def installed(device: torch.device) -> list[str]:
 def _time_s(attend: Attention, q: Tensor, k: Tensor, v: Tensor) -> float:
     """Seconds of one causal attention after a warm-up; infinite where the backend refuses it."""
     try:
-        for _ in range(2):
-            torch.cuda.synchronize(q.device)
-            started = time.perf_counter()
-            attend(q, k, v, 1.0)
-            torch.cuda.synchronize(q.device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of every backend that refuses
+            for _ in range(2):
+                torch.cuda.synchronize(q.device)
+                started = time.perf_counter()
+                attend(q, k, v, 1.0)
+                torch.cuda.synchronize(q.device)
     except RuntimeError:
         return float("inf")
     return time.perf_counter() - started

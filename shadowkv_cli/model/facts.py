@@ -12,7 +12,7 @@ from transformers import logging as transformers_logging
 from shadowkv_cli.config import ModelShape
 from shadowkv_cli.model.demo import demo_config
 from shadowkv_cli.model.loading_errors import explained
-from shadowkv_cli.model.rotary import attention_modules, rotary_module
+from shadowkv_cli.model.rotary import attention_modules, head_dim, rotary_module
 from shadowkv_cli.run_config import ModelChoice
 
 
@@ -81,7 +81,7 @@ def _facts(model: PreTrainedModel, name: str, dtype: torch.dtype) -> ModelFacts:
             num_layers=len(attention),
             num_q_heads=config.num_attention_heads,
             num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            head_dim=attention[0].head_dim,
+            head_dim=head_dim(model),
             element_bytes=dtype.itemsize,
         ),
         max_positions=config.max_position_embeddings,

@@ -11,11 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
 
-from shadowkv_cli.config import MethodSpec, ModelShape
+from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.model.demo import demo_config, random_demo_model
 from shadowkv_cli.model.loading_errors import explained
-from shadowkv_cli.model.rotary import attention_modules, is_interleaved
+from shadowkv_cli.model.rotary import attention_modules, head_dim, is_interleaved
+from shadowkv_cli.model.suitability import probe_keys
 from shadowkv_cli.run_config import ModelChoice
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -23,7 +24,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode, with the facts that runs are checked against."""
+    """A model in evaluation mode, with the facts that runs are checked against.
+
+    Attributes:
+        odd_layers: whose keys are not plainly rotated, see `suitability.probe_keys`.
+    """
 
     model: PreTrainedModel
     name: str
@@ -34,6 +39,7 @@ class LoadedModel:
     max_positions: int
     vocab_size: int
     interleaved: bool
+    odd_layers: tuple[int, ...]
     fingerprint: str
     random_weights: bool
 
@@ -41,6 +47,12 @@ class LoadedModel:
         """Raise UsageError where a method or a length is impossible for the model."""
         for spec in specs:
             spec.check_model(self.shape)
+        if self.odd_layers and any(isinstance(spec, ShadowKVSpec) for spec in specs):
+            raise UsageError(
+                f"shadowkv rebuilds keys by rotating them, but {len(self.odd_layers)} of "
+                f"{self.shape.num_layers} layers of {self.name} have keys without a rotation, or "
+                f"with a norm behind it (the first is layer {self.odd_layers[0]}): leave it out."
+            )
         if total_tokens > self.max_positions:
             raise UsageError(
                 f"The context of {total_tokens} tokens does not fit {self.name}, which has "
@@ -118,9 +130,10 @@ def describe(model: PreTrainedModel, name: str, *, random_weights: bool = False)
         num_layers=len(attention),
         num_q_heads=config.num_attention_heads,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_dim=attention[0].head_dim,
+        head_dim=head_dim(model),
         element_bytes=dtype.itemsize,
     )
+    interleaved = is_interleaved(model)
     return LoadedModel(
         model=model,
         name=name,
@@ -130,7 +143,8 @@ def describe(model: PreTrainedModel, name: str, *, random_weights: bool = False)
         eos_ids=_eos_ids(model),
         max_positions=config.max_position_embeddings,
         vocab_size=config.vocab_size,
-        interleaved=is_interleaved(model),
+        interleaved=interleaved,
+        odd_layers=probe_keys(model, interleaved),
         fingerprint=_fingerprint(model),
         random_weights=random_weights,
     )

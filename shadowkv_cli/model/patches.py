@@ -18,7 +18,13 @@ MLP_TILE_TOKENS = 8192
 
 
 class Attends(Protocol):
-    """What takes over attention and rotary tables while it is attached."""
+    """What takes over attention and rotary tables while it is attached.
+
+    Attributes:
+        context_tokens: that the token which is being run may attend to, itself included.
+    """
+
+    context_tokens: int
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
 
@@ -43,7 +49,7 @@ def _attention(
         if kwargs.get(feature) is not None:
             raise UsageError(f"{type(module).__name__} uses {feature}, which no method supports.")
     window = kwargs.get("sliding_window")
-    if window is not None and window < key.shape[2]:
+    if window is not None and window < _active.context_tokens:
         raise UsageError(
             f"{type(module).__name__} attends a window of {window} tokens: use a shorter context."
         )

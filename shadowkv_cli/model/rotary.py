@@ -20,6 +20,11 @@ def rotary_module(model: nn.Module) -> nn.Module:
         raise UsageError(
             f"{type(model).__name__} has {len(found)} rotary modules; methods need exactly one."
         )
+    if "layer_type" in inspect.signature(type(found[0]).forward).parameters:
+        raise UsageError(
+            f"{type(model).__name__} rotates layers of different types differently; methods need "
+            "one rotary table for all."
+        )
     return found[0]
 
 
@@ -33,6 +38,17 @@ def attention_modules(model: nn.Module) -> list[Any]:
     return sorted(found, key=lambda m: int(m.layer_idx))
 
 
+def head_dim(model: nn.Module) -> int:
+    """Dimensions of a key. Raises UsageError for keys that are compressed (latent attention)."""
+    dim = getattr(attention_modules(model)[0], "head_dim", None)
+    if dim is None:
+        raise UsageError(
+            f"{type(model).__name__} compresses its keys and values by itself; methods need plain "
+            "heads."
+        )
+    return int(dim)
+
+
 def is_interleaved(model: nn.Module) -> bool:
     """Whether the model rotates neighbouring dimensions (GLM) or halves (Llama), by trying it.
 
@@ -44,7 +60,8 @@ def is_interleaved(model: nn.Module) -> bool:
         raise UsageError(f"{type(model).__name__} does not rotate keys the way methods know.")
     device = next(model.parameters()).device
     cos, sin = compute_table(rotary_module(model), 8, 8, torch.float32, device)
-    dim = attention_modules(model)[0].head_dim
+    # Some families rotate the whole head or its first part themselves, some are given that part.
+    dim = cos.shape[-1]
     sample = torch.randn(1, 1, 8, dim, generator=torch.Generator().manual_seed(0)).to(device)
     expected = apply(sample, sample, cos[None], sin[None])[1]
     half = cos.shape[-1] // 2

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
-from shadowkv_cli.config import MethodSpec
+from shadowkv_cli.config import MethodSpec, ShadowKVSpec
 from shadowkv_cli.errors import ShadowKVError
 from shadowkv_cli.methods import Group, Prompt, PromptStore, RotaryTables, Row, build_groups
 from shadowkv_cli.model import exact_attention
+from shadowkv_cli.model.forward import last_logits
 from shadowkv_cli.model.loading import LoadedModel
-from shadowkv_cli.model.patches import attached
 from shadowkv_cli.model.rotary import compute_table, rotary_module
 
 ROW_BUCKET = 8
@@ -29,29 +28,14 @@ class MethodFailure(ShadowKVError):
         self.suspects = list(dict.fromkeys(suspects))
 
 
-class _PassingLayer(CacheLayerMixin):
-    """A cache layer that only tells transformers how many tokens came before."""
-
-    def __init__(self, tokens: int) -> None:
-        super().__init__()
-        self.tokens = tokens
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.tokens + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.tokens
-
-    def get_max_length(self) -> int:
-        return -1
+@contextmanager
+def _blaming(suspects: Sequence[MethodSpec]) -> Iterator[None]:
+    """Turn what fails in the work of some methods into their `MethodFailure`."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise MethodFailure(suspects, reason) from error
 
 
 def _specs_of(group: Group, rows: Iterable[int]) -> list[MethodSpec]:
@@ -105,6 +89,7 @@ class Session:
         self.row_prompt = torch.tensor([row.prompt_index for row in rows], device=loaded.device)
         self.lengths = torch.zeros(num_prompts, dtype=torch.long, device=loaded.device)
         self.backend_asked, self.backend = backend, ""
+        self.context_tokens = 0  # of the longest row, the token that is being run included
         self._prompt: Prompt | None = None
         self._tables: dict[tuple[float, ...], int] = {}
 
@@ -160,35 +145,26 @@ class Session:
         if self._prompt is None:
             return self._decode_layer(layer, q, k, v, scale)
         out = exact_attention.attend(self.backend, q, k, v, scale)
-        self.store.add_layer(layer, self._prompt, k[0], v[0])
+        with _blaming([s for s in self.specs if isinstance(s, ShadowKVSpec)] or self.specs):
+            self.store.add_layer(layer, self._prompt, k[0], v[0])
         for _, group in self.groups:
-            group.prefill_layer(layer, self._prompt, q[0], k[0], v[0])
+            with _blaming(_specs_of(group, range(len(group.rows)))):
+                group.prefill_layer(layer, self._prompt, q[0], k[0], v[0])
         return out
 
     def _decode_layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         out = torch.zeros_like(q)
         for places, group in self.decoding:
             index = torch.tensor(places, device=q.device)
-            try:
+            with _blaming(_specs_of(group, range(len(places)))):
                 group.append(layer, k[index, :, 0], v[index, :, 0])
                 out[index, :, 0] = group.attend(layer, q[index, :, 0], scale)
-            except (RuntimeError, ValueError) as error:
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                raise MethodFailure(_specs_of(group, range(len(places))), reason) from error
         return out
 
     def _forward(self, ids: Tensor, positions: Tensor, before: int) -> Tensor:
         """Logits of the last token of each row, float32 [rows, V]."""
-        layers: list[Any] = [_PassingLayer(before) for _ in range(self.loaded.shape.num_layers)]
-        with attached(self.loaded.model, self):
-            out = self.loaded.model(
-                input_ids=ids,
-                position_ids=positions,
-                past_key_values=Cache(layers=layers),
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        return out.logits[:, -1].float()
+        self.context_tokens = before + ids.shape[1]
+        return last_logits(self.loaded.model, self, ids, positions, before)
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int], *, index: int = 0, key: str = "") -> Tensor:

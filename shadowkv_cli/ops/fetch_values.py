@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shadowkv_cli.ops.chunk_rows import gather_chunks
 from shadowkv_cli.ops.library import check, define
 
 
@@ -18,8 +19,8 @@ def _reference(
     )
     row, head, place = misses.nonzero(as_tuple=True)
     wanted = (prompt_index[row].long(), head, ids[row, head, place].long())
-    where = tuple(index.to(values.device) for index in wanted)
-    buffer[row, head, slots[row, head, place].long()] = values[where].to(buffer.device)
+    chunks = gather_chunks(values, *(index.to(values.device) for index in wanted))
+    buffer[row, head, slots[row, head, place].long()] = chunks.to(buffer.device)
 
 
 def _fake(

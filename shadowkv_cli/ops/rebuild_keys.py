@@ -5,14 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shadowkv_cli.ops.chunk_rows import gather_chunks
 from shadowkv_cli.ops.library import check, define
 from shadowkv_cli.ops.rotary import rotate
 
 
 def _chunks(tokens: Tensor, chunk_size: int) -> Tensor:
-    """View [P, S, E] as chunks [P, C, c, E]; a remainder is left out."""
+    """View [P, S, E] as chunks [P, 1, C, c, E]; a remainder is left out."""
     whole = tokens.shape[1] // chunk_size * chunk_size
-    return tokens[:, :whole].unflatten(1, (-1, chunk_size))
+    return tokens[:, None, :whole].unflatten(2, (-1, chunk_size))
+
+
+def _multiply_by_head(kept: Tensor, basis: Tensor, head: Tensor, counts: Tensor) -> Tensor:
+    """Multiply chunks [M, c, r], ordered by head, with their heads' bases [Hk, r, D]: [M, c, D].
+
+    All heads in one batch, those with fewer chunks padded.
+    """
+    most = int(counts.max())
+    starts = counts.cumsum(0) - counts
+    place = head * most + torch.arange(head.numel(), device=head.device) - starts[head]
+    padded = kept.new_zeros(basis.shape[0] * most, *kept.shape[1:])
+    padded[place] = kept
+    product = torch.bmm(padded.view(basis.shape[0], -1, kept.shape[2]), basis)
+    return product.view(padded.shape[0], kept.shape[1], -1).index_select(0, place)
 
 
 def _reference(
@@ -35,29 +50,21 @@ def _reference(
         "rebuild_keys",
         f"basis has {basis.shape[2]} rows, coefficients {columns} columns",
     )
-    # By head, so that each head's basis is multiplied once.
     head, row, place = misses.transpose(0, 1).nonzero(as_tuple=True)
+    if not row.numel():
+        return
     prompt, chunk = prompt_index[row].long(), ids[row, head, place].long()
-    kept = _chunks(coefficients, chunk_size)[prompt, chunk]  # [M, c, r]
+    kept = gather_chunks(_chunks(coefficients, chunk_size), prompt, 0, chunk)  # [M, c, r]
     if not bool((rank == columns).all()):
         beyond = torch.arange(columns, device=ids.device) >= rank[row][:, None]
-        kept = kept.masked_fill(beyond[:, None], 0)
-    keys = kept.new_empty(*kept.shape[:2], basis.shape[-1])
-    start = 0
-    for h, count in enumerate(misses.sum((0, 2)).tolist()):
-        part = slice(start, start + count)
-        if basis.shape[0] == 1:
-            keys[part] = kept[part] @ basis[0, h]
-        else:
-            keys[part] = torch.bmm(kept[part], basis[prompt[part], h])
-        start += count
+        kept.masked_fill_(beyond[:, None], 0)
+    if basis.shape[0] == 1:
+        keys = _multiply_by_head(kept, basis[0], head, misses.sum((0, 2)))
+    else:
+        keys = torch.bmm(kept, basis[prompt, head])
     table = table_index[prompt].long()
-    turned = rotate(
-        keys,
-        _chunks(cos, chunk_size)[table, chunk],
-        _chunks(sin, chunk_size)[table, chunk],
-        interleaved,
-    )
+    cosine, sine = (gather_chunks(_chunks(t, chunk_size), table, 0, chunk) for t in (cos, sin))
+    turned = rotate(keys, cosine, sine, interleaved)
     buffer[row, head, slots[row, head, place].long()] = turned.to(buffer.dtype)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shadowkv_cli.ops.library import check, define
@@ -33,18 +34,30 @@ def top_chunks(scores: Tensor, budget_chunks: Tensor, max_chunks: int) -> Tensor
         budget_chunks: int32 [R], chunks wanted per row.
         max_chunks: N, the most that any row wants.
     """
-    best = scores.topk(min(max_chunks, scores.shape[-1]), dim=-1).values
+    best, ids = scores.topk(min(max_chunks, scores.shape[-1]), dim=-1)
     wanted = budget_chunks.clamp(max=best.shape[-1])[:, None, None]
     last = best.gather(2, (wanted - 1).clamp_min(0).long().expand(-1, best.shape[1], -1))
-    # Ties at the cut go to the lower id.
+    enough = (scores >= last).sum(-1, keepdim=True)
+    if bool((enough > wanted).any()):
+        ids, best = _lower_of_ties(scores, last, wanted, best.shape[-1])
+    rank = torch.arange(best.shape[-1], device=best.device)
+    unwanted = (rank >= wanted) | torch.isneginf(best)
+    chunks = scores.shape[-1]
+    ids = ids.masked_fill(unwanted, chunks).sort(-1).values
+    ids = ids.masked_fill_(ids == chunks, -1).to(torch.int32)
+    return F.pad(ids, (0, max_chunks - ids.shape[-1]), value=-1)
+
+
+def _lower_of_ties(
+    scores: Tensor, last: Tensor, wanted: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """The ids of the best `count` and their scores, ties at the cut going to the lower id."""
     above, ties = scores > last, scores == last
     room = wanted - above.sum(-1, keepdim=True)
-    chosen = (above | (ties & (ties.cumsum(-1) <= room))) & (wanted > 0) & ~torch.isneginf(scores)
-    row, head, chunk = chosen.nonzero(as_tuple=True)
-    place = chosen.cumsum(-1)[row, head, chunk] - 1
-    ids = budget_chunks.new_full((*scores.shape[:2], max_chunks), -1, dtype=torch.int32)
-    ids[row, head, place] = chunk.to(torch.int32)
-    return ids
+    chosen = above | (ties & (ties.cumsum(-1) <= room))
+    ranked = torch.where(chosen, scores, float("-inf"))
+    best, ids = ranked.topk(count, dim=-1)
+    return ids, best
 
 
 def _reference(

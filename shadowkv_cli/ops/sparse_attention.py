@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shadowkv_cli.ops.chunk_rows import gather_chunks
 from shadowkv_cli.ops.library import check, define
 
 
@@ -29,9 +30,11 @@ def _gather(space: Tensor, slots: Tensor, fixed: int, chunk_size: int) -> Tensor
     """The chunks in the given slots, in their order: [R, Hk, N * c, D]."""
     rows, heads, _, dim = space.shape
     buffer = space[:, :, fixed:].unflatten(2, (-1, chunk_size))  # [R, Hk, B, c, D]
-    row = torch.arange(rows, device=space.device)[:, None, None]
-    head = torch.arange(heads, device=space.device)[:, None]
-    return buffer[row, head, slots.clamp_min(0).long()].reshape(rows, heads, -1, dim)
+    row = torch.arange(rows, device=space.device)[:, None, None].expand_as(slots)
+    head = torch.arange(heads, device=space.device)[:, None].expand_as(slots)
+    slot = slots.clamp_min(0).long()
+    chunks = gather_chunks(buffer, row.flatten(), head.flatten(), slot.flatten())
+    return chunks.view(rows, heads, -1, dim)
 
 
 def _reference(
