@@ -117,6 +117,7 @@ class Answerer:
         active = [spec for spec in specs if not spec.is_dense(len(ids))]
         batch = active if len(active) == len(specs) else [FULL, *active]
         session = self._session_for(batch, max(sample.context_length, len(ids)))
+        session.choose_backend()
         started = time.perf_counter()
         logits = session.prefill(ids, key=sample.id)
         first = logits.argmax(-1).expand(len(batch))
@@ -136,6 +137,7 @@ class Answerer:
                 "hit_rate": audit.pop("hit_rate"),
                 "audit": audit,
                 "row_bucket": session.bucket,
+                "attention_backend": session.backend,
                 "prefill_s": round(prefilled - started, 6),
                 "decode_s": round(decode_s, 6),
             }

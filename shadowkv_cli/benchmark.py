@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowkv_cli.console import notice, progress
 from shadowkv_cli.environment import capture
 from shadowkv_cli.errors import UsageError
-from shadowkv_cli.evaluate import RANDOM_NOTE, TOY_NOTE
-from shadowkv_cli.results import RunFolder
+from shadowkv_cli.evaluate import check_tokenizer, data_notes, model_notes, tokenizer_of
+from shadowkv_cli.results import MANIFEST, RunFolder, read_run
+from shadowkv_cli.rowlog import Row
 from shadowkv_cli.run_config import BenchConfig, BenchSettings, ModelChoice
 from shadowkv_cli.tasks.rows import Dataset
 
@@ -19,15 +20,43 @@ if TYPE_CHECKING:
     from shadowkv_cli.model.loading import LoadedModel
 
 
-def _prompt_texts(data: Path, context_length: int) -> list[str]:
-    """Prompts of a length, the tasks taking turns."""
-    dataset = Dataset.open(data)
-    if context_length not in dataset.context_lengths:
-        held = ", ".join(map(str, dataset.context_lengths))
-        raise UsageError(f"{data} has no context length {context_length}; it has {held}.")
-    by_task = [dataset.samples(context_length, task) for task in dataset.tasks]
-    longest = max(map(len, by_task))
-    return [task[i].text for i in range(longest) for task in by_task if i < len(task)]
+def prompt_source(
+    dataset: Dataset, choice: ModelChoice, context_lengths: Sequence[int]
+) -> Callable[[int, int], list[list[int]]]:
+    """Make the prompts of a benchmark, (context length, count) -> ids, the tasks taking turns.
+
+    Raises:
+        UsageError: the data were fitted with another tokenizer, or lack a length; and when called,
+            where they hold fewer prompts than are asked for.
+    """
+    from shadowkv_cli.tasks.tokenization import encode_prompt
+
+    tokenizer = tokenizer_of(choice)
+    check_tokenizer(dataset, tokenizer, choice.name)
+    for length in context_lengths:
+        if length not in dataset.context_lengths:
+            held = ", ".join(map(str, dataset.context_lengths))
+            raise UsageError(f"{dataset.path} has no context length {length}; it has {held}.")
+
+    def make(context_length: int, count: int) -> list[list[int]]:
+        by_task = [dataset.samples(context_length, task) for task in dataset.tasks]
+        longest = max(map(len, by_task))
+        texts = [task[i].text for i in range(longest) for task in by_task if i < len(task)]
+        if len(texts) < count:
+            raise UsageError(
+                f"The data hold {len(texts)} prompts of {context_length} tokens, batch {count} "
+                "needs as many: build more samples or use --state synthetic."
+            )
+        return [encode_prompt(tokenizer, text) for text in texts[:count]]
+
+    return make
+
+
+def measured_before(output: Path, fresh: bool) -> list[Row]:
+    """Rows of the run that is continued; none where it is new."""
+    if fresh or not (output / MANIFEST).is_file():
+        return []
+    return read_run(output).throughput
 
 
 def measure_throughput(
@@ -35,28 +64,17 @@ def measure_throughput(
     loaded: LoadedModel,
     cases: Sequence[Case],
     settings: BenchSettings,
-    model: ModelChoice,
-    data: Path | None,
+    prompts: Callable[[int, int], list[list[int]]] | None,
 ) -> int:
     """Measure what has no row yet and append it; returns the number of failed measurements."""
-    from shadowkv_cli.bench.throughput import check_done, prompts_from, run_cases
-    from shadowkv_cli.tasks.tokenization import load_tokenizer
+    from shadowkv_cli.bench.throughput import check_comparable, check_done, run_cases
 
-    rows = [r for r in run.read("throughput") if r["state"] == settings.state]
+    rows = list(run.read("throughput"))
+    check_comparable(rows, settings, loaded)
     done = check_done(rows)
     finished = sum(done(case, n) for case in cases for n in range(settings.rounds))
     if finished:
         notice(f"{finished} of {len(cases) * settings.rounds} measurements are done; continuing.")
-    prompts = None
-    if settings.state == "prompts":
-        assert data is not None
-        tokenizer = load_tokenizer(
-            model.name,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            offline=model.offline,
-        )
-        prompts = prompts_from(tokenizer, lambda length: _prompt_texts(data, length))
     failed = 0
     with progress("throughput", len(cases) * settings.rounds) as bar:
         bar.skip(finished)
@@ -92,18 +110,23 @@ def benchmark(config: BenchConfig) -> tuple[Path, int]:
     from shadowkv_cli.model.loading import load_model
 
     loaded = load_model(config.model)
-    longest = max(config.settings.context_lengths) + config.settings.new_tokens
-    loaded.check(list(config.specs), longest)
-    cases = make_cases(config.specs, config.settings, loaded)
-    notes = []
-    if loaded.random_weights:
-        notes.append(RANDOM_NOTE)
-    elif loaded.name == "demo":
-        notes.append(TOY_NOTE)
+    loaded.check(list(config.specs), max(config.settings.context_lengths))
+    cases = make_cases(
+        config.specs, config.settings, loaded, measured_before(config.output, config.fresh)
+    )
+    identity = bench_identity(loaded, config.model, config.settings)
+    notes, flags = model_notes(loaded)
+    prompts = None
+    if config.settings.state == "prompts":
+        assert config.data is not None
+        dataset = Dataset.open(config.data)
+        prompts = prompt_source(dataset, config.model, config.settings.context_lengths)
+        identity["data_fingerprint"] = dataset.fingerprint()
+        notes, flags = data_notes(dataset, loaded)
     with RunFolder.open(
         config.output,
         kind="bench",
-        identity=bench_identity(loaded, config.model, config.settings),
+        identity=identity,
         scope={
             "cells": [spec.cell for spec in config.specs],
             "context_lengths": list(config.settings.context_lengths),
@@ -113,8 +136,8 @@ def benchmark(config: BenchConfig) -> tuple[Path, int]:
         environment=capture(str(loaded.device)),
         command=config.command,
         notes=notes,
-        flags={"random_weights": loaded.random_weights, "toy_model": loaded.name == "demo"},
+        flags=flags,
         fresh=config.fresh,
     ) as run:
-        failed = measure_throughput(run, loaded, cases, config.settings, config.model, config.data)
+        failed = measure_throughput(run, loaded, cases, config.settings, prompts)
     return config.output, failed

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec, SparseSpec
 from shadowkv_cli.console import format_bytes, format_duration, print_json
 from shadowkv_cli.errors import UsageError
-from shadowkv_cli.evaluate import check_tokenizer, choose_samples, find_missing
+from shadowkv_cli.evaluate import check_tokenizer, choose_samples, find_missing, tokenizer_of
 from shadowkv_cli.results import done_cells, read_run
 from shadowkv_cli.run_config import BenchConfig, BenchSettings, EvalConfig, ModelChoice, SweepConfig
 from shadowkv_cli.tasks.rows import Dataset
@@ -79,18 +79,12 @@ def describe_evaluation(config: EvalConfig, kind: str = "eval") -> Plan:
     Raises the UsageErrors that the run would raise before its first prefill.
     """
     from shadowkv_cli.bench.estimate import decode_seconds, prefill_seconds
-    from shadowkv_cli.tasks.tokenization import load_tokenizer
 
     dataset = Dataset.open(config.data)
     work = choose_samples(config, dataset)
     choice = config.model
-    tokenizer = load_tokenizer(
-        choice.name,
-        revision=choice.revision,
-        trust_remote_code=choice.trust_remote_code,
-        offline=choice.offline,
-    )
-    check_tokenizer(config, dataset, tokenizer, choice.name)
+    allowed = config.allow_tokenizer_mismatch
+    check_tokenizer(dataset, tokenizer_of(choice), choice.name, allowed=allowed)
     facts, probe = _model(choice, config.specs, work.longest)
     old = [] if config.fresh or not config.output.exists() else read_run(config.output).predictions
     find_missing(work, config.specs, done_cells(old, include_failed=False))
@@ -164,7 +158,7 @@ def _describe_throughput(
     from shadowkv_cli.bench.estimate import decode_seconds, prefill_seconds
 
     seconds, count = 0.0, 0
-    for tokens in settings.context_lengths:
+    for tokens in map(settings.prompt_tokens, settings.context_lengths):
         for rule in settings.batch_rules:
             batch = int(rule) if rule.isdigit() else 1
             prefills = batch * (1 if settings.share else len(specs))
@@ -188,7 +182,7 @@ def describe_benchmark(config: BenchConfig) -> Plan:
     """What `bench` would do."""
     settings = config.settings
     longest = max(settings.context_lengths)
-    facts, probe = _model(config.model, config.specs, longest + settings.new_tokens)
+    facts, probe = _model(config.model, config.specs, longest)
     seconds, count, lines = _describe_throughput(settings, config.specs, facts, probe)
     held = max(
         s.cache_bytes(facts.shape, longest, settings.new_tokens).device for s in config.specs
@@ -220,8 +214,9 @@ def describe_sweep(config: SweepConfig) -> Plan:
     if settings is None:
         return plan
     specs = config.evaluation.specs
-    longest = max(settings.context_lengths) + settings.new_tokens
+    longest = max(settings.context_lengths, default=0)
     facts, probe = _model(config.evaluation.model, specs, longest)
+    settings = settings.for_model(facts.max_positions)
     seconds, count, lines = _describe_throughput(settings, specs, facts, probe)
     total = seconds + plan.facts["estimated_seconds"]
     plan.facts |= {"measurements": count, "estimated_seconds": total}

@@ -13,7 +13,7 @@ from shadowkv_cli.console import notice, progress
 from shadowkv_cli.environment import capture
 from shadowkv_cli.errors import UsageError, unknown_name
 from shadowkv_cli.results import RunFolder, RunKind, done_cells
-from shadowkv_cli.run_config import EvalConfig
+from shadowkv_cli.run_config import EvalConfig, ModelChoice
 from shadowkv_cli.tasks.rows import Dataset, Sample
 
 if TYPE_CHECKING:
@@ -69,32 +69,47 @@ def choose_samples(config: EvalConfig, dataset: Dataset) -> Work:
 
 
 def find_missing(work: Work, specs: Sequence[MethodSpec], done: Mapping[str, set[str]]) -> None:
-    """Note which cells each sample lacks; a method that comes later runs beside full again."""
+    """Note which cells each sample lacks.
+
+    Rows are compared within one prefill: a method that comes later runs beside full attention
+    again, and full attention that comes later runs beside all of them.
+    """
     for sample in work.samples:
         have = done.get(sample.id, set())
         lacking = [spec for spec in specs if spec.cell not in have]
         full = [spec for spec in specs if spec.name == "full"]
-        if lacking and full and full[0] not in lacking:
+        if full and full[0] in lacking:
+            lacking = list(specs)
+        elif lacking and full:
             lacking = [*full, *lacking]
         work.missing[sample.id] = lacking
 
 
-def check_tokenizer(
-    config: EvalConfig, dataset: Dataset, tokenizer: Any, tokenizer_name: str
-) -> bool:
+def tokenizer_of(choice: ModelChoice) -> Any:
+    """Load the model's tokenizer. Raises ShadowKVError with the way out where that fails."""
+    from shadowkv_cli.tasks.tokenization import load_tokenizer
+
+    return load_tokenizer(
+        choice.name,
+        revision=choice.revision,
+        trust_remote_code=choice.trust_remote_code,
+        offline=choice.offline,
+    )
+
+
+def check_tokenizer(dataset: Dataset, tokenizer: Any, name: str, *, allowed: bool = False) -> bool:
     """Compare the model's tokenizer with the one that fitted the data; True where they differ.
 
-    Raises UsageError where they differ and that was not allowed.
+    Raises UsageError where they differ and that is not allowed.
     """
     from shadowkv_cli.tasks.tokenization import tokenizer_fingerprint
 
     made_with = dataset.manifest["tokenizer"]
     differs = tokenizer_fingerprint(tokenizer) != made_with["fingerprint"]
-    if differs and not config.allow_tokenizer_mismatch:
+    if differs and not allowed:
         raise UsageError(
             f"{dataset.path} was built with the tokenizer {made_with['name']}, which is not that "
-            f"of {tokenizer_name}: build data with --tokenizer {tokenizer_name}, or use "
-            "--allow-tokenizer-mismatch."
+            f"of {name}: build data with --tokenizer {name}, or use --allow-tokenizer-mismatch."
         )
     return differs
 
@@ -114,19 +129,19 @@ def check_settings(run_scope: Mapping[str, Any], specs: Sequence[MethodSpec], pa
             )
 
 
+def model_notes(loaded: LoadedModel) -> tuple[list[str], dict[str, bool]]:
+    """What a reader of any result of this model must be told, and the same as flags."""
+    toy = loaded.name == "demo"
+    notes = [RANDOM_NOTE] if loaded.random_weights else [TOY_NOTE] if toy else []
+    return notes, {"random_weights": loaded.random_weights, "toy_model": toy}
+
+
 def data_notes(dataset: Dataset, loaded: LoadedModel) -> tuple[list[str], dict[str, bool]]:
-    """What a reader of any result must be told, and the same as flags."""
-    notes = [dataset.manifest["note"]] if dataset.manifest.get("note") else []
-    flags = {
-        "synthetic": bool(dataset.manifest.get("synthetic")),
-        "random_weights": loaded.random_weights,
-        "toy_model": loaded.name == "demo",
-    }
-    if loaded.random_weights:
-        notes.insert(0, RANDOM_NOTE)
-    elif loaded.name == "demo":
-        notes.append(TOY_NOTE)
-    return notes, flags
+    """The same for results on these data."""
+    notes, flags = model_notes(loaded)
+    if dataset.manifest.get("note"):
+        notes.append(dataset.manifest["note"])
+    return notes, {"synthetic": bool(dataset.manifest.get("synthetic")), **flags}
 
 
 def run_identity(config: EvalConfig, loaded: LoadedModel, dataset: Dataset) -> dict[str, Any]:
@@ -170,18 +185,14 @@ def check_ready(config: EvalConfig) -> Ready:
         ShadowKVError: the model cannot be loaded.
     """
     from shadowkv_cli.model.loading import load_model
-    from shadowkv_cli.tasks.tokenization import load_tokenizer
 
     dataset = Dataset.open(config.data)
     work = choose_samples(config, dataset)
     choice = config.model
-    tokenizer = load_tokenizer(
-        choice.name,
-        revision=choice.revision,
-        trust_remote_code=choice.trust_remote_code,
-        offline=choice.offline,
+    tokenizer = tokenizer_of(choice)
+    differs = check_tokenizer(
+        dataset, tokenizer, choice.name, allowed=config.allow_tokenizer_mismatch
     )
-    differs = check_tokenizer(config, dataset, tokenizer, choice.name)
     loaded = load_model(choice)
     loaded.check(list(config.specs), work.longest)
     return Ready(dataset, work, tokenizer, differs, loaded)
@@ -242,6 +253,7 @@ def evaluate_loaded(config: EvalConfig, kind: RunKind, ready: Ready, run: RunFol
         tokenizer_mismatch=ready.tokenizer_differs,
     )
     tokens, missing = 0, 0
+    recorded: set[str] = set()  # at once, so that a killed run has it too
     with progress(f"{kind} {config.model.name}", len(work.samples)) as bar:
         bar.skip(finished)
         for sample in todo:
@@ -250,10 +262,11 @@ def evaluate_loaded(config: EvalConfig, kind: RunKind, ready: Ready, run: RunFol
             run.append("predictions", new)
             tokens += generated
             missing += len({r["cell"] for r in new if r["error"] is not None})
+            if answerer.backends_used > recorded:
+                recorded = set(answerer.backends_used)
+                run.record_environment(attention_backend=sorted(recorded))
             rate = tokens / (time.monotonic() - started)
             bar.advance(detail=f"{sample.task} {sample.context_length}, {rate:.0f} tokens/s")
-    if answerer.backends_used:
-        run.record_environment(attention_backend=sorted(answerer.backends_used))
     return Outcome(config.output, missing, time.monotonic() - started)
 
 

@@ -67,10 +67,13 @@ def finding(
     if random_weights:
         return f"Found: nothing about accuracy, the weights are random.{speed}"
     assert cell.difference is not None
+    others = sum(r.method == "shadowkv" and r.tested for r in averages)
+    among = f" (chosen among {others} cells)" if others > 1 else ""
     kept = f"attending {cell.attended_tokens:,.0f} of {full.attended_tokens:,.0f} tokens"
     verdict = "not established to differ" if cell.difference.high >= 0 else "below full attention"
+    gap, ours, theirs = _interval(cell.difference, sign="+"), cell.score, full.score
     return (
-        f"Found: {cell.cell}, {kept}, scores {_interval(cell.score)} against full attention's "
-        f"{_interval(full.score)}: a difference of {_interval(cell.difference, sign='+')} points, "
-        f"{verdict} (95 % intervals, n = {cell.n}).{speed}"
+        f"Found: {cell.cell}{among}, {kept}, scores {_interval(ours)} against full attention's "
+        f"{_interval(theirs)}: a difference of {gap} points, {verdict} (95 % intervals, "
+        f"n = {cell.n}).{speed}"
     )

@@ -13,6 +13,9 @@ from shadowkv_cli.summary import AVERAGE, ScoreRecord, ThroughputRecord
 HIT_RATE_TOLERANCE = 0.05
 """Share of hits by which the two phases may differ before a cell is flagged."""
 
+LEAST_CONFIDENCE = 0.9
+"""What an interval of speed must cover to establish an order: 5 rounds cover 94 %."""
+
 
 @dataclass(frozen=True)
 class FrontierPoint:
@@ -113,7 +116,12 @@ def pareto_front(points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
 
 
 def order_is_established(a: FrontierPoint, b: FrontierPoint) -> bool:
-    """Whether the intervals of the two are apart in score and in speed."""
+    """Whether the intervals of the two are apart in score and in speed.
+
+    The interval of one or two rounds is their range, which says next to nothing.
+    """
+    if min(p.tokens_per_s.confidence for p in (a, b)) < LEAST_CONFIDENCE:
+        return False
     return not (a.score.overlaps(b.score) or a.tokens_per_s.overlaps(b.tokens_per_s))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from shadowkv_cli.config import MethodSpec
 from shadowkv_cli.errors import UsageError
 
 AttentionBackend = Literal["auto", "flash", "cudnn", "efficient", "math", "flash-attn"]
+DEFAULT_BENCH_CONTEXT = 32_768
 State = Literal["synthetic", "tokens", "prompts"]
 
 
@@ -54,7 +55,8 @@ class BenchSettings:
     """How decoding is timed.
 
     Attributes:
-        context_lengths: tokens of each prompt.
+        context_lengths: tokens of each prompt and of what is generated after it, together; for
+            prompts of data, the length that these were fitted to. None given: see `for_model`.
         batch_rules: numbers of sequences, `equal` (full attention's largest that fits) or `auto`
             (the method's own largest).
         decode_steps: timed steps of a round, after `warmup_steps` untimed ones.
@@ -82,9 +84,29 @@ class BenchSettings:
             if rule not in ("equal", "auto") and not (rule.isdigit() and int(rule)):
                 raise UsageError(f"Batch size '{rule}' must be a number from 1, equal or auto.")
 
+        for length in self.context_lengths:
+            if length <= self.new_tokens:
+                raise UsageError(
+                    f"A context of {length} tokens holds no prompt beside {self.new_tokens} decode "
+                    "steps: use a longer one, or fewer --decode-steps."
+                )
+
     @property
     def new_tokens(self) -> int:
         return self.warmup_steps + self.decode_steps
+
+    def for_model(self, max_positions: int) -> BenchSettings:
+        """Choose a length where none was given: 32K, or all that the model has positions for.
+
+        At 4K on a CPU the differences between cells drown in noise.
+        """
+        if self.context_lengths:
+            return self
+        return replace(self, context_lengths=(min(DEFAULT_BENCH_CONTEXT, max_positions),))
+
+    def prompt_tokens(self, context_length: int) -> int:
+        """Tokens of a prompt; for prompts of data, at most so many."""
+        return context_length if self.state == "prompts" else context_length - self.new_tokens
 
 
 @dataclass(frozen=True)

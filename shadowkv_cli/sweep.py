@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shadowkv_cli.benchmark import measure_throughput
+from shadowkv_cli.benchmark import measure_throughput, measured_before, prompt_source
 from shadowkv_cli.evaluate import check_ready, evaluate_loaded, open_run
 from shadowkv_cli.run_config import SweepConfig
 
@@ -33,22 +33,21 @@ def sweep(config: SweepConfig) -> SweepOutcome:
     evaluation = config.evaluation
     ready = check_ready(evaluation)
     cases: list[Case] = []
-    if config.throughput is not None:
-        from shadowkv_cli.bench.throughput import make_cases
+    prompts = None
+    settings = config.throughput and config.throughput.for_model(ready.loaded.max_positions)
+    if settings is not None:
+        from shadowkv_cli.bench.throughput import check_comparable, make_cases
 
-        longest = max(config.throughput.context_lengths) + config.throughput.new_tokens
-        ready.loaded.check(list(evaluation.specs), longest)
-        cases = make_cases(evaluation.specs, config.throughput, ready.loaded)
+        ready.loaded.check(list(evaluation.specs), max(settings.context_lengths))
+        before = measured_before(evaluation.output, evaluation.fresh)
+        cases = make_cases(evaluation.specs, settings, ready.loaded, before)
+        if settings.state == "prompts":
+            prompts = prompt_source(ready.dataset, evaluation.model, settings.context_lengths)
     with open_run(evaluation, "sweep", ready) as run:
+        if settings is not None:
+            check_comparable(list(run.read("throughput")), settings, ready.loaded)
         outcome = evaluate_loaded(evaluation, "sweep", ready, run)
         failed = 0
-        if config.throughput is not None:
-            failed = measure_throughput(
-                run,
-                ready.loaded,
-                cases,
-                config.throughput,
-                evaluation.model,
-                evaluation.data,
-            )
+        if settings is not None:
+            failed = measure_throughput(run, ready.loaded, cases, settings, prompts)
     return SweepOutcome(outcome.path, outcome.missing_rows, failed, outcome.seconds)

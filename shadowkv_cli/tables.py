@@ -254,6 +254,13 @@ def frontier_table(
             "overlaps: on the frontier by its estimates, but the intervals do not establish its "
             "order to a neighbour there."
         )
+    elsewhere = sorted({p.score_length or 0 for p in points if p.score_length != p.context_length})
+    if elsewhere:
+        lengths = ", ".join("all lengths" if not n else f"{n} tokens" for n in elsewhere)
+        own.append(
+            f"Scores are of {lengths}, not of the context that was timed: a budget given as a "
+            "share is another number of tokens there."
+        )
     flagged = list(dict.fromkeys(p.cell for p in points if p.hit_rates_differ))
     if flagged:
         own.append(

@@ -112,8 +112,8 @@ class Bench:
         for places, group in self.groups:
             group.step()
             for layer, (q, k, v) in enumerate(self.new):
-                group.append(layer, k[i, places], v[i, places])
-                found = group.attend(layer, q[i, places], self.scale)
+                group.append(layer, k[i, places][:, :, None], v[i, places][:, :, None])
+                found = group.attend(layer, q[i, places][:, :, None], self.scale)[:, :, 0]
                 if layer == 0:
                     out[places] = found
         return out
@@ -400,10 +400,10 @@ def test_reset_forgets_a_step_that_was_not_finite(name: str) -> None:
     [(_, group)] = bench.groups
     group.reset()
     group.step()
-    group.append(0, torch.full((1, 2, DIM), math.nan), torch.full((1, 2, DIM), math.inf))
-    group.attend(0, torch.full((1, 4, DIM), math.nan), bench.scale)
+    group.append(0, torch.full((1, 2, 1, DIM), math.nan), torch.full((1, 2, 1, DIM), math.inf))
+    group.attend(0, torch.full((1, 4, 1, DIM), math.nan), bench.scale)
     group.step()
-    group.append(0, torch.full((1, 2, DIM), math.nan), torch.full((1, 2, DIM), math.inf))
+    group.append(0, torch.full((1, 2, 1, DIM), math.nan), torch.full((1, 2, 1, DIM), math.inf))
     group.reset()
     for before, now in zip(clean, bench.run(2), strict=True):
         assert torch.equal(before, now), name

@@ -178,3 +178,43 @@ def test_a_session_serves_one_sample_after_another() -> None:
         first = session.prefill(ids, key=str(seed)).argmax(-1).expand(2)
         found = session.generate(first, [NEW_TOKENS] * 2, frozenset())
         assert found == answers(loaded, specs, ids)[0], seed
+
+
+def test_a_further_turn_sees_what_came_before() -> None:
+    """Full attention after a turn of unequal lengths answers as if all had been one prompt."""
+    loaded, new = tiny_model("glm"), 6
+    prompts = [prompt_of(120, 5), prompt_of(90, 6)]
+    turns = [prompt_of(9, 7), prompt_of(4, 8)]
+    session = Session(loaded, [FullSpec()], prompt_tokens=120, new_tokens=20, num_prompts=2)
+    for i, ids in enumerate(prompts):
+        session.prefill(ids, index=i)
+    padded = torch.zeros(2, 9, dtype=torch.long)
+    for i, turn in enumerate(turns):
+        padded[i, : len(turn)] = torch.tensor(turn)
+    counts = torch.tensor([9, 4], dtype=torch.int32)
+    tokens = session.append(padded, counts).argmax(-1)
+    found: list[list[int]] = [[], []]
+    for _ in range(new):
+        for row, token in enumerate(tokens.tolist()):
+            found[row].append(token)
+        tokens = session.decode_step(tokens).argmax(-1)
+    for i, (prompt, turn) in enumerate(zip(prompts, turns, strict=True)):
+        assert found[i] == reference(loaded, prompt + turn, new), i
+
+
+@pytest.mark.parametrize("method", ["shadowkv", "oracle", "random", "streaming"])
+def test_a_turn_at_once_equals_its_tokens_one_by_one(method: str) -> None:
+    loaded, ids, turn = tiny_model("llama"), prompt_of(300), prompt_of(7, 9)
+    specs = build_specs(
+        [method],
+        {"sparse_budget": "32"} | {"rank": "8"}
+        if method == "shadowkv"
+        else {"sparse_budget": "32"},
+    )
+    session = Session(loaded, specs, prompt_tokens=300, new_tokens=10)
+    session.prefill(ids, key="a")
+    at_once = session.append(torch.tensor([turn]), torch.tensor([7], dtype=torch.int32))
+    session.reset()
+    for token in turn:
+        one_by_one = session.decode_step(torch.tensor([token]))
+    assert torch.allclose(at_once, one_by_one, atol=1e-4)

@@ -299,8 +299,8 @@ def run_group(
     for step in range(steps):
         q, k, v = decoded(step)
         group.step()
-        group.append(0, k.float(), v.float())
-        outputs.append(group.attend(0, q.float(), scale))
+        group.append(0, k.float()[:, :, None], v.float()[:, :, None])
+        outputs.append(group.attend(0, q.float()[:, :, None], scale)[:, :, 0])
     return outputs, seen
 
 

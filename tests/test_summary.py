@@ -248,7 +248,7 @@ def sweep_points(values):
 
 
 def around(value):
-    return [value - 0.1, value, value + 0.1]
+    return [value - 0.1, value - 0.05, value, value + 0.05, value + 0.1]
 
 
 def test_pareto_front_by_hand():
@@ -273,9 +273,10 @@ def test_pareto_front_by_hand():
 @pytest.mark.parametrize(
     "values",
     [
-        [([1] * 100, [9, 10, 21]), ([0] * 100, [20, 22, 23])],  # speeds overlap
+        [([1] * 100, [9, 9, 10, 10, 21]), ([0] * 100, [20, 22, 22, 23, 23])],  # speeds overlap
         [([1] * 5 + [0] * 5, around(10)), ([1] * 4 + [0] * 6, around(20))],  # scores overlap
-        [([1] * 6 + [0] * 4, [9, 22, 30]), ([1] * 5 + [0] * 5, [8, 20, 22])],  # one beats, unproven
+        # one beats the other, unproven
+        [([1] * 6 + [0] * 4, [9, 10, 22, 29, 30]), ([1] * 5 + [0] * 5, [8, 9, 20, 21, 22])],
     ],
 )
 def test_overlapping_intervals_establish_nothing(values):

@@ -39,6 +39,7 @@ def fill_synthetic(session: Session, prompt_tokens: int) -> torch.Tensor:
 def fill_prompts(session: Session, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, float]:
     """Prefill the prompts; returns the first answer tokens [P] and the seconds of one prefill."""
     first, seconds = [], 0.0
+    session.choose_backend()
     for index, ids in enumerate(prompts):
         started = time.perf_counter()
         token = session.prefill(ids, index=index, key=f"prompt-{index}").argmax(-1)

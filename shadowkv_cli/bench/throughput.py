@@ -6,21 +6,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from shadowkv_cli.bench.memory import PeakMemory, free_device_bytes, free_host_bytes
+from shadowkv_cli.bench.probes import device_name
 from shadowkv_cli.bench.state import fill_prompts, fill_synthetic, random_prompts
 from shadowkv_cli.config import FullSpec, MethodSpec, SparseSpec
 from shadowkv_cli.console import format_bytes
-from shadowkv_cli.errors import ShadowKVError, UsageError
+from shadowkv_cli.errors import UsageError
 from shadowkv_cli.model.loading import LoadedModel
 from shadowkv_cli.model.session import MethodFailure, Session
 from shadowkv_cli.run_config import BenchSettings
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Case:
 
     spec: MethodSpec
     context_length: int
+    prompt_tokens: int
     batch_size: int
     batch_rule: str
 
@@ -43,14 +46,24 @@ def largest_batch(spec: MethodSpec, loaded: LoadedModel, tokens: int, new_tokens
 
 
 def make_cases(
-    specs: Sequence[MethodSpec], settings: BenchSettings, loaded: LoadedModel
+    specs: Sequence[MethodSpec],
+    settings: BenchSettings,
+    loaded: LoadedModel,
+    measured: Sequence[Row] = (),
 ) -> list[Case]:
-    """Resolve the batch rules. Raises UsageError where not even one sequence fits."""
+    """Resolve the batch rules. Raises UsageError where not even one sequence fits.
+
+    Args:
+        measured: rows of the run that is continued; their batches stay, although the memory that is
+            free may have changed.
+    """
+    sizes = {(r["cell"], r["context_length"], r["batch_rule"]): r["batch_size"] for r in measured}
     cases = []
-    for tokens in settings.context_lengths:
+    for length in settings.context_lengths:
+        tokens = settings.prompt_tokens(length)
         for rule in settings.batch_rules:
             for spec in specs:
-                size = int(rule) if rule.isdigit() else 0
+                size = int(rule) if rule.isdigit() else sizes.get((spec.cell, length, rule), 0)
                 if not size:
                     by = FullSpec() if rule == "equal" else spec
                     size = largest_batch(by, loaded, tokens, settings.new_tokens)
@@ -59,18 +72,17 @@ def make_cases(
                 if size < 1 or needed * size > free:
                     batch = max(size, 1)
                     raise UsageError(
-                        f"{spec.cell} at {tokens} tokens needs {format_bytes(needed * batch)} for "
+                        f"{spec.cell} at {length} tokens needs {format_bytes(needed * batch)} for "
                         f"batch {batch}, {format_bytes(free)} are free: use a smaller --batch-size "
                         "or --context-length."
                     )
-                cases.append(Case(spec, tokens, size, rule))
+                cases.append(Case(spec, length, tokens, size, rule))
     return cases
 
 
 def _needed_bytes(specs: Sequence[MethodSpec], case: Case, loaded: LoadedModel, new: int) -> int:
     return sum(
-        s.cache_bytes(loaded.shape, case.context_length, new).device * case.batch_size
-        for s in specs
+        s.cache_bytes(loaded.shape, case.prompt_tokens, new).device * case.batch_size for s in specs
     )
 
 
@@ -105,15 +117,34 @@ class _Bench:
             self._kept[place] = built
         yield built
 
+    def peak_alone(self, place: int, peak_bytes: int) -> int | None:
+        """Of a measured peak, what one cell has to do with it; None where that cannot be told.
+
+        Sessions that wait for their next round are taken off. Cells that share one session hold
+        each other's data.
+        """
+        if len(self.sets[place]) > 1 or not peak_bytes:
+            return None
+        others = [spec for i in self._kept if i != place for spec in self.sets[i]]
+        case, new = self.cases[0], self.settings.new_tokens
+        held = _needed_bytes(others, case, self.loaded, new)
+        if self.loaded.device.type == "cpu":
+            held += sum(
+                s.cache_bytes(self.loaded.shape, case.prompt_tokens, new).host * case.batch_size
+                for s in others
+            )
+        return max(peak_bytes - held, 0)
+
     def _build(self, specs: list[MethodSpec]) -> tuple[Session, torch.Tensor, float | None]:
         case, settings = self.cases[0], self.settings
-        tokens, batch = case.context_length, case.batch_size
+        tokens, batch = case.prompt_tokens, case.batch_size
         prompts: list[list[int]] = []
         if settings.state == "tokens":
             prompts = random_prompts(batch, tokens, self.loaded.vocab_size)
         elif settings.state == "prompts":
             assert self.prompts is not None, "prompts come with the state 'prompts'"
-            prompts = self.prompts(tokens, batch)
+            prompts = self.prompts(case.context_length, batch)
+            self.loaded.check([], max(map(len, prompts)) + settings.new_tokens)
         session = Session(
             self.loaded,
             specs,
@@ -138,13 +169,14 @@ def measure(session: Session, first: torch.Tensor, case: Case, settings: BenchSe
     device = session.loaded.device
     session.focus(case.spec)
     tokens, step_ms = first, []
-    for step in range(settings.new_tokens):
-        _synchronise(device)
-        started = time.perf_counter()
-        tokens = session.decode_step(tokens).argmax(-1)
-        _synchronise(device)
-        if step >= settings.warmup_steps:
-            step_ms.append((time.perf_counter() - started) * 1e3)
+    with session.attached():
+        for step in range(settings.new_tokens):
+            _synchronise(device)
+            started = time.perf_counter()
+            tokens = session.decode_step(tokens).argmax(-1)
+            _synchronise(device)
+            if step >= settings.warmup_steps:
+                step_ms.append((time.perf_counter() - started) * 1e3)
     audits = [session.audit(row, settings.new_tokens) for row in range(case.batch_size)]
     hits = [a["hit_rate"] for a in audits if a["hit_rate"] is not None]
     return {
@@ -161,8 +193,8 @@ def measure(session: Session, first: torch.Tensor, case: Case, settings: BenchSe
 def describe_case(case: Case, settings: BenchSettings, loaded: LoadedModel) -> Row:
     """What is known of a measurement before it is made."""
     spec, batch = case.spec, case.batch_size
-    held = spec.cache_bytes(loaded.shape, case.context_length, settings.new_tokens)
-    wanted = spec.wanted(case.context_length) if isinstance(spec, SparseSpec) else None
+    held = spec.cache_bytes(loaded.shape, case.prompt_tokens, settings.new_tokens)
+    wanted = spec.wanted(case.prompt_tokens) if isinstance(spec, SparseSpec) else None
     return {
         "cell": spec.cell,
         "method": spec.name,
@@ -170,6 +202,7 @@ def describe_case(case: Case, settings: BenchSettings, loaded: LoadedModel) -> R
         "sparse_budget_tokens": wanted.selected_tokens if wanted else None,
         "outlier_tokens": wanted.outlier_tokens if wanted else None,
         "context_length": case.context_length,
+        "prompt_tokens": case.prompt_tokens,
         "batch_size": batch,
         "batch_rule": case.batch_rule,
         "state": settings.state,
@@ -178,6 +211,7 @@ def describe_case(case: Case, settings: BenchSettings, loaded: LoadedModel) -> R
         "gpu_bytes": held.device * batch,
         "host_bytes": held.host * batch,
         "device": str(loaded.device),
+        "hardware": device_name(loaded.device),
         "dtype": str(loaded.dtype).removeprefix("torch."),
     }
 
@@ -195,7 +229,6 @@ def run_cases(
     Args:
         done: whether a case's round has a row already.
         prompts: makes prompts of (tokens, count), for the state `prompts`.
-
     """
     together: dict[tuple[int, int], list[Case]] = {}
     for case in cases:
@@ -204,20 +237,69 @@ def run_cases(
     for of_size in together.values():
         bench = _Bench(loaded, settings, of_size, prompts)
         for number in range(settings.rounds):
-            for place, specs in enumerate(bench.sets):
-                open_cases = [c for c in of_size if c.spec in specs and not done(c, number)]
-                if not open_cases:
-                    continue
-                with bench.session(place) as (session, first, prefill_s):
-                    for case in open_cases:
-                        row = describe_case(case, settings, loaded) | {"round": number}
-                        peak.restart()
-                        try:
-                            row |= measure(session, first, case, settings)
-                        except MethodFailure as failure:
-                            row |= {"tokens_per_s": None, "error": str(failure)}
-                        row |= {"prefill_s": prefill_s, "peak_memory_bytes": peak.read()}
-                        yield row
+            # Every round begins with another cell, so that none is always first.
+            places = _rotated(range(len(bench.sets)), number)
+            for place in places:
+                wanted = [c for c in of_size if c.spec in bench.sets[place]]
+                open_cases = [c for c in _rotated(wanted, number) if not done(c, number)]
+                yield from _measure_set(bench, place, open_cases, number, peak)
+
+
+def _rotated(items: Sequence[T], by: int) -> list[T]:
+    start = by % len(items) if items else 0
+    return [*items[start:], *items[:start]]
+
+
+def _measure_set(
+    bench: _Bench, place: int, cases: Sequence[Case], number: int, peak: PeakMemory
+) -> Iterator[Row]:
+    """Measure the cases of one session in one round; what fails becomes a row with its error."""
+    if not cases:
+        return
+    known = [describe_case(c, bench.settings, bench.loaded) | {"round": number} for c in cases]
+    try:
+        with bench.session(place) as (session, first, prefill_s):
+            for case, row in zip(cases, known, strict=True):
+                peak.restart()
+                try:
+                    row |= measure(session, first, case, bench.settings)
+                except MethodFailure as failure:
+                    row |= _failure(failure)
+                # A shared prefill does the work of every cell.
+                row |= {
+                    "prefill_s": prefill_s if len(bench.sets[place]) == 1 else None,
+                    "peak_memory_bytes": bench.peak_alone(place, peak.read()),
+                }
+                yield row
+    except (MethodFailure, torch.OutOfMemoryError, MemoryError) as failure:
+        for row in known:
+            if "error" not in row:
+                yield row | _failure(failure)
+
+
+def _failure(error: BaseException) -> Row:
+    return {"tokens_per_s": None, "error": " ".join(str(error).split()) or type(error).__name__}
+
+
+def check_comparable(rows: Sequence[Row], settings: BenchSettings, loaded: LoadedModel) -> None:
+    """Refuse to add to measurements that were made in another way, or on another device.
+
+    Raises UsageError that says what differs.
+    """
+    now = {
+        "state": settings.state,
+        "decode_steps": settings.decode_steps,
+        "warmup_steps": settings.warmup_steps,
+        "hardware": device_name(loaded.device),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+    }
+    for row in rows:
+        differs = [f"{k} {row.get(k)} there, {v} now" for k, v in now.items() if row.get(k) != v]
+        if differs:
+            raise UsageError(
+                f"The run holds throughput measured differently ({'; '.join(differs)}): choose "
+                "another --output, or --fresh to start over."
+            )
 
 
 def check_done(rows: Sequence[Row]) -> Callable[[Case, int], bool]:
@@ -237,24 +319,3 @@ def check_done(rows: Sequence[Row]) -> Callable[[Case, int], bool]:
         )
         in have
     )
-
-
-def prompts_from(
-    tokenizer: Any, texts_of: Callable[[int], list[str]]
-) -> Callable[[int, int], list[list[int]]]:
-    """Make the prompts of a benchmark from a dataset's texts of a context length.
-
-    Raises ShadowKVError, when called, where the dataset has fewer than a batch needs.
-    """
-    from shadowkv_cli.tasks.tokenization import encode_prompt
-
-    def make(context_length: int, count: int) -> list[list[int]]:
-        texts = texts_of(context_length)
-        if len(texts) < count:
-            raise ShadowKVError(
-                f"The data hold {len(texts)} prompts of {context_length} tokens, batch {count} "
-                "needs as many: build more samples or use --state synthetic."
-            )
-        return [encode_prompt(tokenizer, text) for text in texts[:count]]
-
-    return make

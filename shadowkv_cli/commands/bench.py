@@ -28,7 +28,9 @@ def bench(
     run: RunOptions,
     context_length: Annotated[
         list[str] | None,
-        typer.Option(help="Tokens of each prompt; commas or repeats. [default: 16k]"),
+        typer.Option(
+            help="Tokens of each prompt and its answer together; commas or repeats. [default: 16k]"
+        ),
     ] = None,
     batch_size: BatchSizeOption = None,
     state: Annotated[

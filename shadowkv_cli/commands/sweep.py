@@ -21,9 +21,6 @@ from shadowkv_cli.option_groups import (
 )
 from shadowkv_cli.run_config import SweepConfig
 
-BENCH_CONTEXT = "32k"
-"""At 4K on a CPU the differences between cells drown in noise."""
-
 
 @spread
 def sweep(
@@ -37,7 +34,10 @@ def sweep(
     ] = False,
     bench_context_length: Annotated[
         list[str] | None,
-        typer.Option(help="Tokens of the prompts that decoding is timed on. [default: 32k]"),
+        typer.Option(
+            help="Tokens of prompt and answer that decoding is timed on; commas or repeats. "
+            "[default: 32k, or the model's context]"
+        ),
     ] = None,
     bench_batch_size: BatchSizeOption = None,
     state: Annotated[
@@ -61,7 +61,7 @@ def sweep(
     settings = None
     if not no_throughput:
         settings = timing.settings(
-            bench_context_length or [BENCH_CONTEXT],
+            bench_context_length or [],
             bench_batch_size,
             state,
             model.attention_backend,

@@ -25,8 +25,14 @@ class Row:
 class Group(ABC):
     """The rows of one method and layout; its state is tensors, sized when it is built.
 
-    The order of calls: per prompt `begin` and, for each layer, `prefill_layer`; per decoded token
-    `step`, then for each layer `append` and `attend`. `reset` goes back to the end of the prefill.
+    The order of calls: per prompt `begin` and, for each layer, `prefill_layer`; then per decoded
+    token, or per turn of several tokens, `step`, and for each layer `append` and `attend`. `reset`
+    goes back to the end of the prefill.
+
+    Attributes:
+        generated: int32 [R], tokens behind the prompt, those of the running step included.
+        counts: int32 [R], tokens of the running step; rows may have unequal numbers of them.
+        seen: int32 [R], what `generated` is for the token that attends.
     """
 
     def __init__(self, rows: Sequence[Row], store: PromptStore, new_tokens: int) -> None:
@@ -39,7 +45,10 @@ class Group(ABC):
             [row.prompt_index for row in rows], dtype=torch.int32, device=device
         )
         self.generated = torch.zeros(len(rows), dtype=torch.int32, device=device)
-        self.steps = 0
+        self.counts = torch.ones_like(self.generated)
+        self.seen = self.generated
+        self.row_index = torch.arange(len(rows), device=device)
+        self.used = 0
 
     def rows_of(self, prompt_index: int) -> list[int]:
         """The group's rows that decode a prompt."""
@@ -58,24 +67,53 @@ class Group(ABC):
         The store has taken in k and v already.
         """
 
-    def step(self) -> None:
-        """Make room for one more token in every row."""
-        assert self.steps < self.new_tokens, f"room for {self.new_tokens} generated tokens is used"
-        self.steps += 1
-        self.generated += 1
+    def step(self, counts: Tensor | None = None) -> None:
+        """Make room for one more token in every row, or for `counts` of them: int32 [R]."""
+        self.used += 1 if counts is None else int(counts.max())
+        assert self.used <= self.new_tokens, f"room for {self.new_tokens} generated tokens is used"
+        self.counts = torch.ones_like(self.generated) if counts is None else counts
+        self.generated += self.counts
+
+    def places(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, token and place behind the prompt of each token of the running step, int64 [M]."""
+        if tokens == 1:
+            return self.row_index, torch.zeros_like(self.row_index), (self.generated - 1).long()
+        token = torch.arange(tokens, device=self.counts.device)
+        row, token = (token < self.counts[:, None]).nonzero(as_tuple=True)
+        return row, token, (self.generated - self.counts).long()[row] + token
 
     @abstractmethod
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Add each row's new token: k and v [R, Hk, D], after RoPE."""
+        """Add the running step's tokens: k and v [R, Hk, T, D], after RoPE, T the most of any row.
+
+        What stands behind a row's own count is left out.
+        """
+
+    def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
+        """Attend from each token of the running step: q [R, Hq, T, D] to [R, Hq, T, D].
+
+        A token sees the prompt as the method has it, and all tokens up to itself. What stands
+        behind a row's own count means nothing.
+        """
+        if q.shape[2] == 1:
+            self.seen = self.generated
+            return self.attend_token(layer, q[:, :, 0], scale)[:, :, None]
+        out = torch.empty_like(q)
+        for token in range(q.shape[2]):
+            self.seen = self.generated - (self.counts - 1 - token).clamp_min(0)
+            out[:, :, token] = self.attend_token(layer, q[:, :, token], scale)
+        return out
 
     @abstractmethod
-    def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
-        """Attend from each row's new token: q [R, Hq, D] to [R, Hq, D]."""
+    def attend_token(self, layer: int, q: Tensor, scale: float) -> Tensor:
+        """Attend from one token of each row, which sees `seen` generated ones: q [R, Hq, D]."""
 
     def reset(self) -> None:
         """Forget what was decoded."""
-        self.steps = 0
+        self.used = 0
         self.generated.zero_()
+        self.counts = torch.ones_like(self.generated)
+        self.seen = self.generated
 
     @abstractmethod
     def audit(self, row: int, generated_tokens: int) -> dict[str, Any]:

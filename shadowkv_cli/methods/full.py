@@ -31,18 +31,18 @@ class FullGroup(Group):
         """Nothing to add: the store holds what full attention reads."""
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        prompts = self.prompt_index.long()
-        last = (self.prompt_lengths + self.generated - 1).long()
-        self.store.keys[layer][prompts, :, last] = k
-        self.store.values[layer][prompts, :, last] = v
+        row, token, place = self.places(k.shape[2])
+        where = (self.prompt_index.long()[row], slice(None), self.prompt_lengths[row] + place)
+        self.store.keys[layer][where] = k[row, :, token]
+        self.store.values[layer][where] = v[row, :, token]
 
-    def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
+    def attend_token(self, layer: int, q: Tensor, scale: float) -> Tensor:
         return ops.full_attention(
             q,
             self.store.keys[layer],
             self.store.values[layer],
             self.prompt_index,
-            self.prompt_lengths + self.generated,
+            self.prompt_lengths + self.seen,
             scale,
         )
 

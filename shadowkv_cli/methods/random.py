@@ -24,9 +24,10 @@ class RandomGroup(ExactGroup):
         heads = self.shape.num_kv_heads
         chunks = self.store.prompt_tokens // self.chunk_size
         scores = torch.full((len(self.rows), heads, chunks), float("-inf"))
+        seen = self.seen.tolist()
         for r, row in enumerate(self.rows):
             assert isinstance(row.spec, RandomSpec)
-            name = f"{row.spec.seed}:{self.prompt_keys[row.prompt_index]}:{layer}:{self.steps}"
+            name = f"{row.spec.seed}:{self.prompt_keys[row.prompt_index]}:{layer}:{seen[r]}"
             seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
             generator = torch.Generator().manual_seed(seed)
             allowed = int(self.num_chunks[r])

@@ -145,16 +145,16 @@ class SparseGroup(Group):
                 space[row, :, start : start + kept.local_tokens] = local
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        rows = torch.arange(len(self.rows), device=k.device)
-        last = (self.capacities[0] + self.capacities[1] + self.generated - 1).long()
-        self.keys[layer][rows, :, last] = k
-        self.values[layer][rows, :, last] = v
+        row, token, place = self.places(k.shape[2])
+        where = (row, slice(None), self.capacities[0] + self.capacities[1] + place)
+        self.keys[layer][where] = k[row, :, token]
+        self.values[layer][where] = v[row, :, token]
 
     def buffer(self, space: Tensor) -> Tensor:
         """The slots behind the fixed part of an address space: [R, Hk, B, c, D]."""
         return space[:, :, self.fixed :].unflatten(2, (-1, self.chunk_size))
 
-    def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
+    def attend_token(self, layer: int, q: Tensor, scale: float) -> Tensor:
         if self.max_chunks:
             ids = self.select(layer, q, scale)
             value_slots, misses = self._place(self.value_tables[layer], ids)
@@ -166,7 +166,7 @@ class SparseGroup(Group):
             self.load_keys(layer, ids, key_slots, misses)
         else:
             none = (len(self.rows), self.shape.num_kv_heads, 0)
-            key_slots = value_slots = self.generated.new_empty(none)
+            key_slots = value_slots = self.seen.new_empty(none)
         out, _ = ops.sparse_attention(
             q,
             self.keys[layer],
@@ -182,16 +182,17 @@ class SparseGroup(Group):
 
     def lengths(self) -> Tensor:
         """Tokens in use of each fixed section, int32 [R, 3]."""
-        return torch.stack((self.outlier_lengths, self.local_lengths, self.generated), 1)
+        return torch.stack((self.outlier_lengths, self.local_lengths, self.seen), 1)
 
     def _place(self, table: Residency, ids: Tensor) -> tuple[Tensor, Tensor]:
         return ops.update_residency(
-            ids, self.generated, table.chunk_of_slot, table.last_used, table.slot_of_chunk
+            ids, self.seen, table.chunk_of_slot, table.last_used, table.slot_of_chunk
         )
 
     def _count(self, ids: Tensor, misses: Tensor) -> None:
-        self.fetched[self.steps] += misses.sum((1, 2))
-        self.selected[self.steps] += (ids >= 0).sum((1, 2))
+        now = (self.seen.long(), self.row_index)
+        self.fetched[now] += misses.sum((1, 2))
+        self.selected[now] += (ids >= 0).sum((1, 2))
 
     def reset(self) -> None:
         super().reset()

@@ -1,12 +1,15 @@
-"""The bundled model's architecture; its weights are random until trained ones are shipped."""
+"""The bundled model: its architecture, and its weights beside the package's code."""
 
 from __future__ import annotations
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from pathlib import Path
 
-DEMO_SEED = 20261124
-DEMO_CONTEXT = 131_072
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+DEMO_MODEL_DIR = Path(__file__).resolve().parent.parent / "demo" / "model"
+DEMO_CONTEXT = 32_768
+"""Ids that it is trained for, answers included: beyond them it recalls nothing."""
 
 
 def demo_config(vocab_size: int, bos: int, eos: int, pad: int) -> LlamaConfig:
@@ -28,8 +31,9 @@ def demo_config(vocab_size: int, bos: int, eos: int, pad: int) -> LlamaConfig:
     )
 
 
-def random_demo_model(config: LlamaConfig) -> PreTrainedModel:
-    """Make the demo model with weights that depend on nothing but `DEMO_SEED`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(DEMO_SEED)
-        return LlamaForCausalLM(config)
+def load_demo_model(dtype: torch.dtype) -> PreTrainedModel:
+    """Load the trained weights that come with the package."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        DEMO_MODEL_DIR, dtype=dtype, local_files_only=True, use_safetensors=True
+    )
+    return model

@@ -39,9 +39,14 @@ class _PassingLayer(CacheLayerMixin):
 
 @torch.inference_mode()
 def last_logits(
-    model: PreTrainedModel, serving: Attends, ids: Tensor, positions: Tensor, before: int
+    model: PreTrainedModel,
+    serving: Attends,
+    ids: Tensor,
+    positions: Tensor,
+    before: int,
+    keep: int = 1,
 ) -> Tensor:
-    """Logits of the last token of each row, float32 [rows, V].
+    """Logits of the last `keep` tokens of each row, float32 [rows, keep, V].
 
     Args:
         model: runs its projections, norms and MLPs.
@@ -57,6 +62,6 @@ def last_logits(
             position_ids=positions,
             past_key_values=Cache(layers=layers),
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=keep,
         )
-    return out.logits[:, -1].float()
+    return out.logits[:, -keep:].float()

@@ -13,7 +13,7 @@ from transformers import logging as transformers_logging
 
 from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec
 from shadowkv_cli.errors import UsageError
-from shadowkv_cli.model.demo import demo_config, random_demo_model
+from shadowkv_cli.model.demo import load_demo_model
 from shadowkv_cli.model.loading_errors import explained
 from shadowkv_cli.model.rotary import attention_modules, head_dim, is_interleaved
 from shadowkv_cli.model.suitability import probe_keys
@@ -162,19 +162,7 @@ def load_model(choice: ModelChoice) -> LoadedModel:
     precision = resolve_dtype(choice.dtype, where)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    random_weights = name == "demo"
-    if random_weights:
-        from shadowkv_cli.tasks.tokenization import load_tokenizer
-
-        tokenizer: Any = load_tokenizer("demo")
-        model = random_demo_model(
-            demo_config(
-                len(tokenizer),
-                tokenizer.bos_token_id,
-                tokenizer.eos_token_id,
-                tokenizer.pad_token_id,
-            )
-        ).to(precision)
-    else:
-        model = _from_pretrained(choice, precision)
-    return describe(model.to(where), name, random_weights=random_weights)
+    model: Any = (
+        load_demo_model(precision) if name == "demo" else _from_pretrained(choice, precision)
+    )
+    return describe(model.to(where), name)

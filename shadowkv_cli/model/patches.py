@@ -88,8 +88,14 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 
 @contextmanager
 def attached(model: PreTrainedModel, session: Attends) -> Iterator[None]:
-    """Let a session serve the model's attention and rotary tables; undone on the way out."""
+    """Let a session serve the model's attention and rotary tables; undone on the way out.
+
+    Within itself, for the same session, it does nothing.
+    """
     global _active
+    if _active is session:
+        yield
+        return
     assert _active is None, "one session at a time"
     before = model.config._attn_implementation
 

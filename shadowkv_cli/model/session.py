@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,9 +15,11 @@ from shadowkv_cli.methods import Group, Prompt, PromptStore, RotaryTables, Row, 
 from shadowkv_cli.model import exact_attention
 from shadowkv_cli.model.forward import last_logits
 from shadowkv_cli.model.loading import LoadedModel
+from shadowkv_cli.model.patches import attached
 from shadowkv_cli.model.rotary import compute_table, rotary_module
 
 ROW_BUCKET = 8
+Phase = Literal["prefill", "append", "decode"]
 
 
 class MethodFailure(ShadowKVError):
@@ -90,7 +92,11 @@ class Session:
         self.lengths = torch.zeros(num_prompts, dtype=torch.long, device=loaded.device)
         self.backend_asked, self.backend = backend, ""
         self.context_tokens = 0  # of the longest row, the token that is being run included
-        self._prompt: Prompt | None = None
+        self.phase: Phase = "decode"
+        self.longest = 0  # prompt, in tokens
+        self.used = 0  # places behind the prompts, of the row that has most
+        self._prompt: Prompt | None = None  # the one that is being prefilled
+        self._row_places = [torch.tensor(places, device=loaded.device) for places, _ in self.groups]
         self._tables: dict[tuple[float, ...], int] = {}
 
     def focus(self, spec: MethodSpec) -> None:
@@ -100,11 +106,14 @@ class Session:
         assert self.num_rows == self.num_prompts, "the cells of this session are merged"
         self.decoding = [(list(range(self.num_rows)), group)]
         self.row_prompt = group.prompt_index.long()
-        group.reset()
+        self._row_places = [torch.arange(self.num_rows, device=self.loaded.device)]
+        self.reset()
 
     def set_prompt(self, prompt: Prompt) -> None:
         """Take note of a prompt's length, give it a rotary table, and let the methods get ready."""
         self.lengths[prompt.index] = prompt.tokens
+        self.longest = max(self.longest, prompt.tokens) if self.num_prompts > 1 else prompt.tokens
+        self.used = 0
         self._ensure_table(prompt)
         for _, group in self.groups:
             group.begin(prompt)
@@ -133,7 +142,8 @@ class Session:
         """Cosine and sine [rows, tokens, D'] for the model, from the fixed tables."""
         tables = self.store.tables
         assert tables is not None
-        if self._prompt is not None:
+        if self.phase == "prefill":
+            assert self._prompt is not None
             table = tables.index[self._prompt.index].long().expand(position_ids.shape[0])
         else:
             table = torch.zeros(position_ids.shape[0], dtype=torch.long, device=tables.cos.device)
@@ -141,9 +151,10 @@ class Session:
         return tables.cos[table[:, None], position_ids], tables.sin[table[:, None], position_ids]
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Serve one layer: the whole prompt while prefilling, else one token of every row."""
-        if self._prompt is None:
-            return self._decode_layer(layer, q, k, v, scale)
+        """Serve one layer: the whole prompt while prefilling, else new tokens of every row."""
+        if self.phase != "prefill":
+            return self._append_layer(layer, q, k, v, scale)
+        assert self._prompt is not None
         out = exact_attention.attend(self.backend, q, k, v, scale)
         with _blaming([s for s in self.specs if isinstance(s, ShadowKVSpec)] or self.specs):
             self.store.add_layer(layer, self._prompt, k[0], v[0])
@@ -152,58 +163,90 @@ class Session:
                 group.prefill_layer(layer, self._prompt, q[0], k[0], v[0])
         return out
 
-    def _decode_layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def _append_layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         out = torch.zeros_like(q)
-        for places, group in self.decoding:
-            index = torch.tensor(places, device=q.device)
-            with _blaming(_specs_of(group, range(len(places)))):
-                group.append(layer, k[index, :, 0], v[index, :, 0])
-                out[index, :, 0] = group.attend(layer, q[index, :, 0], scale)
+        for index, (_, group) in zip(self._row_places, self.decoding, strict=True):
+            with _blaming(_specs_of(group, range(len(group.rows)))):
+                group.append(layer, k[index], v[index])
+                out[index] = group.attend(layer, q[index], scale)
         return out
 
-    def _forward(self, ids: Tensor, positions: Tensor, before: int) -> Tensor:
-        """Logits of the last token of each row, float32 [rows, V]."""
-        self.context_tokens = before + ids.shape[1]
-        return last_logits(self.loaded.model, self, ids, positions, before)
+    def _forward(
+        self, phase: Phase, ids: Tensor, positions: Tensor, before: int, keep: int = 1
+    ) -> Tensor:
+        """Logits of the last `keep` tokens of each row, float32 [rows, keep, V]."""
+        self.phase, self.context_tokens = phase, before + ids.shape[1]
+        return last_logits(self.loaded.model, self, ids, positions, before, keep)
+
+    def choose_backend(self) -> None:
+        """Find the exact attention of the prefill; the first time on a GPU takes a trial."""
+        shape = self.loaded.shape
+        heads = (shape.num_q_heads, shape.num_kv_heads, shape.head_dim)
+        self.backend = exact_attention.choose(
+            self.backend_asked,
+            self.loaded.device,
+            self.loaded.dtype,
+            heads,
+            self.store.prompt_tokens,
+        )
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int], *, index: int = 0, key: str = "") -> Tensor:
         """Run a prompt once and let every method take it in; logits [V] of its last token."""
-        shape, device = self.loaded.shape, self.loaded.device
-        heads = (shape.num_q_heads, shape.num_kv_heads, shape.head_dim)
-        self.backend = exact_attention.choose(
-            self.backend_asked, device, self.loaded.dtype, heads, self.store.prompt_tokens
-        )
+        self.choose_backend()
         prompt = Prompt(index, len(ids), key)
         self.set_prompt(prompt)
         self._prompt = prompt
         try:
-            tokens = torch.tensor(list(ids), device=device)[None]
-            positions = torch.arange(len(ids), device=device)[None]
-            return self._forward(tokens, positions, 0)[0]
+            tokens = torch.tensor(list(ids), device=self.loaded.device)[None]
+            positions = torch.arange(len(ids), device=self.loaded.device)[None]
+            return self._forward("prefill", tokens, positions, 0)[0, 0]
         finally:
             self._prompt = None
 
-    @torch.inference_mode()
     def decode_step(self, tokens: Tensor) -> Tensor:
         """Feed each row its last token: int64 [R] to logits [R, V]."""
-        for _, group in self.decoding:
-            group.step()
-        padded = torch.zeros(self.bucket, 1, dtype=torch.long, device=tokens.device)
-        padded[: self.num_rows, 0] = tokens
-        positions = torch.zeros_like(padded)
-        steps = self.decoding[0][1].steps
-        positions[: self.num_rows, 0] = self.lengths[self.row_prompt] + steps - 1
-        logits = self._forward(padded, positions, int(positions.max()))[: self.num_rows]
-        finite = torch.isfinite(logits).all(-1).tolist()
+        return self._run_rows("decode", tokens[:, None], None)
+
+    def append(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        """Feed each row the tokens of a further turn, which see the prompt as its method has it.
+
+        Args:
+            tokens: int64 [R, T]; row r has counts[r] of them, then anything.
+            counts: int32 [R], at least 1.
+
+        Returns:
+            Logits [R, V] of each row's last token.
+        """
+        return self._run_rows("append", tokens, counts)
+
+    @torch.inference_mode()
+    def _run_rows(self, phase: Phase, tokens: Tensor, counts: Tensor | None) -> Tensor:
+        width, rows = tokens.shape[1], self.num_rows
+        generated = torch.zeros(rows, dtype=torch.long, device=tokens.device)
+        for index, (_, group) in zip(self._row_places, self.decoding, strict=True):
+            generated[index] = group.generated.long()
+            group.step(None if counts is None else counts[index])
+        ids = torch.zeros(self.bucket, width, dtype=torch.long, device=tokens.device)
+        ids[:rows] = tokens
+        positions = torch.zeros_like(ids)
+        ahead = torch.arange(width, device=tokens.device)
+        if counts is not None:
+            ahead = ahead.minimum(counts.long()[:, None] - 1)
+        positions[:rows] = (self.lengths[self.row_prompt] + generated)[:, None] + ahead
+        logits = self._forward(phase, ids, positions, self.longest + self.used, width)[:rows]
+        self.used += width
+        last = logits[:, 0] if counts is None else logits[range(rows), counts.long() - 1]
+        finite = torch.isfinite(last).all(-1).tolist()
         for places, group in self.decoding:
             broken = [i for i, place in enumerate(places) if not finite[place]]
             if broken:
                 raise MethodFailure(_specs_of(group, broken), "the logits are not finite")
-        return logits
+        return last
 
     def reset(self) -> None:
         """Back to the end of the prefill."""
+        self.used = 0
         for _, group in self.groups:
             group.reset()
 
@@ -223,15 +266,20 @@ class Session:
         answers: list[list[int]] = [[] for _ in range(self.num_rows)]
         open_rows = set(range(self.num_rows))
         tokens = first
-        while True:
-            for row, token in enumerate(tokens.tolist()):
-                if row in open_rows:
-                    answers[row].append(token)
-                    if token in eos_ids or len(answers[row]) >= max_new_tokens[row]:
-                        open_rows.discard(row)
-            if not open_rows:
-                return answers
-            tokens = self.decode_step(tokens).argmax(-1)
+        with self.attached():
+            while True:
+                for row, token in enumerate(tokens.tolist()):
+                    if row in open_rows:
+                        answers[row].append(token)
+                        if token in eos_ids or len(answers[row]) >= max_new_tokens[row]:
+                            open_rows.discard(row)
+                if not open_rows:
+                    return answers
+                tokens = self.decode_step(tokens).argmax(-1)
+
+    def attached(self) -> AbstractContextManager[None]:
+        """Serve the model's attention for a while; every forward does so by itself, at a cost."""
+        return attached(self.loaded.model, self)
 
     def audit(self, row: int, generated_tokens: int) -> dict[str, Any]:
         """The budget audit of a row, see `Group.audit`."""

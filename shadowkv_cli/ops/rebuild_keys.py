@@ -11,9 +11,9 @@ from shadowkv_cli.ops.rotary import rotate
 
 
 def _chunks(tokens: Tensor, chunk_size: int) -> Tensor:
-    """View [P, S, E] as chunks [P, 1, C, c, E]; a remainder is left out."""
+    """View [P, S, E] as chunks [P, C, c, E]; a remainder is left out."""
     whole = tokens.shape[1] // chunk_size * chunk_size
-    return tokens[:, None, :whole].unflatten(2, (-1, chunk_size))
+    return tokens[:, :whole].unflatten(1, (-1, chunk_size))
 
 
 def _multiply_by_head(kept: Tensor, basis: Tensor, head: Tensor, counts: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def _reference(
     if not row.numel():
         return
     prompt, chunk = prompt_index[row].long(), ids[row, head, place].long()
-    kept = gather_chunks(_chunks(coefficients, chunk_size), prompt, 0, chunk)  # [M, c, r]
+    kept = gather_chunks(_chunks(coefficients, chunk_size), prompt, chunk)  # [M, c, r]
     if not bool((rank == columns).all()):
         beyond = torch.arange(columns, device=ids.device) >= rank[row][:, None]
         kept.masked_fill_(beyond[:, None], 0)
@@ -63,7 +63,7 @@ def _reference(
     else:
         keys = torch.bmm(kept, basis[prompt, head])
     table = table_index[prompt].long()
-    cosine, sine = (gather_chunks(_chunks(t, chunk_size), table, 0, chunk) for t in (cos, sin))
+    cosine, sine = (gather_chunks(_chunks(t, chunk_size), table, chunk) for t in (cos, sin))
     turned = rotate(keys, cosine, sine, interleaved)
     buffer[row, head, slots[row, head, place].long()] = turned.to(buffer.dtype)
 

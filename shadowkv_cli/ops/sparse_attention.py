@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -9,13 +11,31 @@ from shadowkv_cli.ops.chunk_rows import gather_chunks
 from shadowkv_cli.ops.library import check, define
 
 
+@functools.lru_cache(maxsize=64)
+def _sections(capacities: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each place of the fixed part, its section and its position there: int64 and int32 [F]."""
+    section = [i for i, capacity in enumerate(capacities) for _ in range(capacity)]
+    position = [place for capacity in capacities for place in range(capacity)]
+    return (
+        torch.tensor(section, dtype=torch.long, device=device),
+        torch.tensor(position, dtype=torch.int32, device=device),
+    )
+
+
 def _in_use(lengths: Tensor, capacities: list[int]) -> Tensor:
-    """True where the fixed part of a row's address space is filled, bool [R, sum of capacities]."""
-    parts = [
-        torch.arange(capacity, device=lengths.device) < lengths[:, i, None]
-        for i, capacity in enumerate(capacities)
-    ]
-    return torch.cat(parts, 1)
+    """True where the fixed part of a row's address space is filled, bool [R, F]."""
+    section, position = _sections(tuple(capacities), lengths.device)
+    return position < lengths[:, section]
+
+
+@functools.lru_cache(maxsize=64)
+def _rows_and_heads(
+    rows: int, heads: int, count: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Row and head of each selected chunk, int64 [R * Hk * N]."""
+    row = torch.arange(rows, device=device).repeat_interleave(heads * count)
+    head = torch.arange(heads, device=device).repeat_interleave(count).repeat(rows)
+    return row, head
 
 
 def fixed_scores(query: Tensor, keys: Tensor, lengths: Tensor, capacities: list[int]) -> Tensor:
@@ -23,17 +43,16 @@ def fixed_scores(query: Tensor, keys: Tensor, lengths: Tensor, capacities: list[
     rows, q_heads, dim = query.shape
     grouped = query.view(rows, keys.shape[1], q_heads // keys.shape[1], dim)
     scores = torch.matmul(grouped, keys[:, :, : sum(capacities)].transpose(2, 3)).float()
-    return scores.masked_fill_(~_in_use(lengths, capacities)[:, None, None], float("-inf"))
+    unused = ~_in_use(lengths, capacities)
+    return scores.masked_fill_(unused[:, None, None], float("-inf"))
 
 
 def _gather(space: Tensor, slots: Tensor, fixed: int, chunk_size: int) -> Tensor:
     """The chunks in the given slots, in their order: [R, Hk, N * c, D]."""
     rows, heads, _, dim = space.shape
     buffer = space[:, :, fixed:].unflatten(2, (-1, chunk_size))  # [R, Hk, B, c, D]
-    row = torch.arange(rows, device=space.device)[:, None, None].expand_as(slots)
-    head = torch.arange(heads, device=space.device)[:, None].expand_as(slots)
-    slot = slots.clamp_min(0).long()
-    chunks = gather_chunks(buffer, row.flatten(), head.flatten(), slot.flatten())
+    row, head = _rows_and_heads(rows, heads, slots.shape[-1], space.device)
+    chunks = gather_chunks(buffer, row, head, slots.flatten().clamp_min(0).long())
     return chunks.view(rows, heads, -1, dim)
 
 
