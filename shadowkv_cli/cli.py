@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from shadowkv_cli import __version__
@@ -21,18 +24,28 @@ from shadowkv_cli.commands.sweep import sweep
 from shadowkv_cli.console import notice
 from shadowkv_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, ShadowKVError
 
+
+class InOrderOfUse(TyperGroup):
+    """Lists the commands in the order in which they are used."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        order = ["build-data", "eval", "score", "bench", "sweep", "plot", "doctor"]
+        return sorted(super().list_commands(ctx), key=order.index)
+
+
 app = typer.Typer(
     name="shadowkv",
+    cls=InOrderOfUse,
     help="Measure what ShadowKV costs in accuracy and buys in throughput.",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 app.add_typer(build_data.app, name="build-data")
-app.command("eval")(eval_command)
-app.command()(score)
-app.command()(bench)
-app.command()(sweep)
-app.command()(plot)
+app.command("eval", short_help="Score methods on a dataset.")(eval_command)
+app.command(short_help="Score stored predictions again.")(score)
+app.command(short_help="Time the decoding of methods.")(bench)
+app.command(short_help="Accuracy and throughput of a grid of settings.")(sweep)
+app.command(short_help="Draw figures from the folders of runs.")(plot)
 app.command()(doctor)
 
 RESUMABLE = {"build-data", "eval", "sweep", "bench"}
@@ -62,10 +75,24 @@ def root(
         print(ctx.get_help())
 
 
+def describe_usage(error: TyperException) -> str:
+    """One line for a command line that does not parse: the value, or where to read on."""
+    message = error.format_message().replace("Value error, ", "").replace("Input should", "must")
+    reasons: list[dict[str, Any]] = getattr(error.__cause__, "errors", list)()
+    if reasons and f"'{reasons[0]['input']}'" not in message:
+        return f"{message.split(', unable')[0]}, not '{reasons[0]['input']}'."
+    context = getattr(error, "ctx", None)
+    if reasons or context is None or "Did you mean" in message or "Possible" in message:
+        return message
+    return f"{message.rstrip('.')}: see `{context.command_path} --help`."
+
+
 def describe_failure(error: BaseException) -> str | None:
     """One line for failures that are not ours but have a known way out; None for any other."""
     if isinstance(error, OSError):
         where = f" {error.filename}" if error.filename else ""
+        if where.endswith(".tmp"):  # of a file that is replaced in one step
+            where = f" {Path(error.filename).parent}"
         if error.errno == errno.ENOSPC:
             return (
                 f"The disk is full{where}: free space and run the same command again; "
@@ -94,9 +121,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     except (ShadowKVError, TyperException) as error:
         if debug:
             raise
-        notice(
-            f"shadowkv: {error.format_message() if isinstance(error, TyperException) else error}"
-        )
+        notice(f"shadowkv: {describe_usage(error) if isinstance(error, TyperException) else error}")
         return error.exit_code
     except Exception as error:
         if debug:
@@ -119,4 +144,7 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 def main() -> None:
     """Entry point of the installed `shadowkv` script."""
-    sys.exit(run())
+    code = run()
+    # What is left is the end of worker processes; an impatient Ctrl-C would print a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)

@@ -16,6 +16,9 @@ from shadowkv_cli.errors import UsageError, unknown_name
 OUTLIER_TOKENS_PER_BUDGET = Fraction(192, 1024)
 """Outlier tokens per token of sparse budget under `auto`: 48 chunks of 8 at 2,048 (paper, 5.1)."""
 
+MAX_BUFFER = 1_000_000
+"""Multiples of the selected chunks: far more than any prompt has."""
+
 Placement = Literal["device", "host"]
 DenseFallback = Literal["auto", "never"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -31,6 +34,17 @@ def parse_token_count(text: str) -> int:
     if count <= 0:
         raise UsageError(f"'{text}' is no number of tokens: write it like 4096 or 4k.")
     return count
+
+
+def parse_lengths(values: Iterable[str], option: str) -> tuple[int, ...]:
+    """Read lengths given as commas or repeats, each once: `4k` and `4096` are the same.
+
+    Raises UsageError, naming the option, for one that is no number of tokens.
+    """
+    try:
+        return tuple(dict.fromkeys(parse_token_count(text) for text in split_list(values)))
+    except UsageError as error:
+        raise UsageError(f"{option}: {error}") from None
 
 
 def split_list(values: Iterable[str]) -> list[str]:
@@ -51,7 +65,13 @@ class SparseBudget:
         """Read `2048`, `2k` or `1.5625%`. Raises UsageError for anything else."""
         text = text.strip()
         if not text.endswith("%"):
-            return cls(tokens=parse_token_count(text))
+            try:
+                return cls(tokens=parse_token_count(text))
+            except UsageError:
+                raise UsageError(
+                    f"'{text}' is no sparse budget: write tokens like 2048, or a share of the "
+                    "prompt like 1.5625%."
+                ) from None
         number = re.fullmatch(
             r"(\d{1,3}(?:\.\d{1,20})?|\.\d{1,20}|\d{1,9}/0*[1-9]\d{0,8})\s*%", text
         )
@@ -274,8 +294,11 @@ class ShadowKVSpec(SparseSpec):
                 f"{self.landmarks_per_chunk}."
             )
         for field in ("value_buffer", "key_buffer"):
-            if not 1 <= getattr(self, field) < math.inf:
-                raise UsageError(f"{field} must be at least 1, not {getattr(self, field)}.")
+            if not 1 <= getattr(self, field) <= MAX_BUFFER:
+                raise UsageError(
+                    f"{field} must be at least 1 and at most {MAX_BUFFER}, not "
+                    f"{getattr(self, field)}."
+                )
 
     def check_model(self, shape: ModelShape) -> None:
         width = shape.key_width
@@ -359,11 +382,12 @@ def _convert(spec: type[MethodSpec], field: str, text: str) -> Any:
     except UsageError:
         raise
     except ValueError:
-        raise UsageError(f"{spec.name}: {field} cannot be '{text}'.") from None
+        kind = "a number" if hint is float else "a whole number"
+        kind += " or auto" if field == "outlier_chunks" else ""
+        raise UsageError(f"{field} of {spec.name} must be {kind}, not '{text}'.") from None
     if text not in get_args(hint):
-        raise UsageError(
-            f"{spec.name}: {field} must be one of {', '.join(get_args(hint))}, not '{text}'."
-        )
+        names = " or ".join(get_args(hint))
+        raise UsageError(f"{field} of {spec.name} must be {names}, not '{text}'.")
     return text
 
 
@@ -401,7 +425,7 @@ def _split_methods(values: Iterable[str]) -> Asked:
         if not equals:
             raise UsageError(f"'{assignment}' in '{part}' is no setting: write key=value.")
         if key not in fields:
-            raise unknown_name(f"setting of method '{name}'", key, fields)
+            raise unknown_name("setting", key, fields, f"of method '{name}'")
         if key in own:
             raise UsageError(f"{name}: {key} is given twice, as {own[key]} and {text.strip()}.")
         own[key] = text.strip()
@@ -419,9 +443,16 @@ def _apply(asked: Asked, given: Mapping[str, str]) -> list[MethodSpec]:
         settings = {k: v for k, v in given.items() if k in spec_fields(spec)} | own
         specs.append(spec(**{k: _convert(spec, k, v) for k, v in settings.items()}))
     for key in given:
-        if not any(key in spec_fields(SPECS[name]) for name, _ in asked):
-            option, names = "--" + key.replace("_", "-"), ", ".join(name for name, _ in asked)
+        having = [own for name, own in asked if key in spec_fields(SPECS[name])]
+        option = "--" + key.replace("_", "-")
+        if not having:
+            names = ", ".join(dict.fromkeys(name for name, _ in asked))
             raise UsageError(f"{option} has no effect: none of the methods {names} has it.")
+        if all(key in own for own in having):
+            raise UsageError(
+                f"{option} has no effect: every method that has it sets its own {key}; "
+                "leave one of the two out."
+            )
     return specs
 
 

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 SCHEMA_VERSION = 1
 PLAIN_INTERVAL_S = 10.0
+PIPE_WIDTH = 160
+"""Columns of a table that goes into a pipe or file, unless COLUMNS says otherwise."""
+HEAD_WIDTH = 20
+"""Longer heads of columns are folded."""
+MIN_ROOM = 36
+"""Columns of the terminal that a long first column leaves to the others."""
+GAP = 3
+"""Between two columns."""
+EDGES = 2
+"""Left and right of a table."""
 
 
 def notice(message: str) -> None:
@@ -126,23 +139,85 @@ def progress(label: str, total: int) -> Iterator[Progress]:
         yield _RichProgress(label, total, bar)
 
 
+def fold_name(text: str, width: int) -> str:
+    """Break a long name into lines, behind the commas and colons of its settings where it can."""
+    lines = [""]
+    for part in re.findall(r"[^,: ]+[,: ]*|[,: ]+", text):
+        while len(part.rstrip()) > width:
+            lines += [part[:width], ""]
+            part = part[width:]
+        if len(lines[-1]) + len(part.rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def column_blocks(widths: list[int], room: int) -> list[list[int]]:
+    """Split columns into tables that fit beside each other's first column; indices of each."""
+    blocks: list[list[int]] = []
+    left = 0
+    for i, width in enumerate(widths[1:], start=1):
+        if not blocks or width + GAP > left:
+            blocks.append([0])
+            left = room - widths[0]
+        blocks[-1].append(i)
+        left -= width + GAP
+    return blocks or [[0]]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A table that was folded and split for a width: heads, cells, and the columns of each part."""
+
+    heads: list[str]
+    cells: list[list[str]]
+    blocks: list[list[int]]
+
+    @classmethod
+    def of(cls, columns: list[str], rows: list[list[str]], room: int, first: int) -> _Layout:
+        """`first` is the most that the first column takes, where others stand beside it."""
+        first = max(12, first) if len(columns) > 1 else room
+        heads = [fold_name(name, HEAD_WIDTH if i else first) for i, name in enumerate(columns)]
+        cells = [[fold_name(row[0], first), *row[1:]] for row in rows]
+        widths = [
+            max(len(line) for row in [heads, *cells] for line in row[i].split("\n"))
+            for i in range(len(columns))
+        ]
+        return cls(heads, cells, column_blocks(widths, room))
+
+    @property
+    def num_lines(self) -> int:
+        return len(self.blocks) * (4 + sum(row[0].count("\n") + 1 for row in self.cells))
+
+
 def print_table(
     title: str, columns: list[str], rows: list[list[str]], notes: list[str] | None = None
 ) -> None:
-    """Print one table to stdout, the first column left and the others right, then its notes."""
+    """Print a table to stdout, the first column left and the others right, then its notes.
+
+    Columns that do not fit beside each other follow below, each block with the first column again.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    width = None if sys.stdout.isatty() else 160
+    width = None if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit() else PIPE_WIDTH
     console = Console(file=sys.stdout, width=width, highlight=False)
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for i, name in enumerate(columns):
-        table.add_column(
-            name, justify="left" if i == 0 else "right", no_wrap=i == 0, overflow="fold"
-        )
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    plain, folded = (
+        _Layout.of(columns, rows, console.width - EDGES, first)
+        for first in (console.width - EDGES - MIN_ROOM, HEAD_WIDTH)
+    )
+    layout = folded if folded.num_lines < plain.num_lines else plain
+    console.print(Text(title, style="italic"))
+    for block in layout.blocks:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for i in block:
+            numbers = any(re.match(r"[-+]?\d|-$", row[i]) for row in rows)
+            justify: Literal["left", "right"] = "right" if i and numbers else "left"
+            table.add_column(Text(layout.heads[i]), justify=justify, overflow="fold")
+        for row in layout.cells:
+            table.add_row(*(Text(row[i]) for i in block))
+        console.print(table)
     for note in notes or []:
         console.print(note, markup=False)

@@ -23,9 +23,13 @@ class UsageError(ShadowKVError, ValueError):
     exit_code = EXIT_USAGE
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
-    """Build the error for a name not in a registry: what was likely meant, then all that exist."""
+def unknown_name(kind: str, name: str, known: Iterable[str], where: str = "") -> UsageError:
+    """Build the error for a name not in a registry: what was likely meant, then all that exist.
+
+    `where` follows the name, like `in datasets/demo`.
+    """
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     meant = f" Did you mean '{close[0]}'?" if close else ""
-    return UsageError(f"Unknown {kind} '{name}'.{meant} Known: {', '.join(names)}.")
+    place = f" {where}" if where else ""
+    return UsageError(f"Unknown {kind} '{name}'{place}.{meant} Known: {', '.join(names)}.")

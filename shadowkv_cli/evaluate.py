@@ -14,6 +14,7 @@ from shadowkv_cli.environment import capture
 from shadowkv_cli.errors import UsageError, unknown_name
 from shadowkv_cli.results import RunFolder, RunKind, done_cells
 from shadowkv_cli.run_config import EvalConfig, ModelChoice
+from shadowkv_cli.tasks.metrics import check_metric
 from shadowkv_cli.tasks.rows import Dataset, Sample
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def choose_samples(config: EvalConfig, dataset: Dataset) -> Work:
     """
     for task in config.tasks or ():
         if task not in dataset.tasks:
-            raise unknown_name(f"task in {dataset.path}", task, dataset.tasks)
+            raise unknown_name("task", task, dataset.tasks, f"in {dataset.path}")
     for length in config.context_lengths or ():
         if length not in dataset.context_lengths:
             held = ", ".join(map(str, dataset.context_lengths))
@@ -65,6 +66,8 @@ def choose_samples(config: EvalConfig, dataset: Dataset) -> Work:
     ]
     if not samples:
         raise UsageError(f"{dataset.path} holds no sample of what was asked for.")
+    for sample in samples:
+        check_metric(sample)
     return Work(samples)
 
 
@@ -124,9 +127,16 @@ def check_settings(run_scope: Mapping[str, Any], specs: Sequence[MethodSpec], pa
         now = {spec.cell for spec in specs if spec.name == name}
         if before and now - before and before - now:
             raise UsageError(
-                f"'{path}' holds {', '.join(sorted(before))}, not {', '.join(sorted(now))}: choose "
-                "another --output, --fresh to start over, or give the old settings beside the new."
+                f"'{path}' holds {_some(before)}, not {_some(now - before)}: choose another "
+                "--output, --fresh to start over, or give the old settings beside the new."
             )
+
+
+def _some(cells: set[str], most: int = 3) -> str:
+    """The first few of the cells, and how many there are more."""
+    names = sorted(cells)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def model_notes(loaded: LoadedModel) -> tuple[list[str], dict[str, bool]]:

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from shadowkv_cli.config import MethodSpec, build_specs, grid, parse_token_count, split_list
+from shadowkv_cli.config import MethodSpec, build_specs, grid, parse_lengths, split_list
+from shadowkv_cli.errors import UsageError
 from shadowkv_cli.options import (
     ConfigOption,
     DataOption,
@@ -73,6 +74,25 @@ def _options_of(group: type) -> Iterable[inspect.Parameter]:
         )
 
 
+def given_names(values: Iterable[str], option: str) -> list[str]:
+    """The parts of a list option that was given. Raises UsageError where it holds none."""
+    names = split_list(values)
+    if not names:
+        raise UsageError(f"{option} is empty: give it a value, or leave it out.")
+    return names
+
+
+def given_lengths(values: Sequence[str] | None, option: str) -> tuple[int, ...]:
+    """Lengths in tokens, each once; () where the option was left out."""
+    return () if values is None else parse_lengths(given_names(values, option), option)
+
+
+def check_revision(name: str, revision: str | None) -> None:
+    """Raise UsageError for a revision of `demo` or of a folder, which have none."""
+    if revision is not None and (name == "demo" or Path(name).expanduser().is_dir()):
+        raise UsageError(f"--revision has no effect: {name} is not on the hub.")
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model, and how it runs."""
@@ -89,19 +109,25 @@ class ModelOptions:
         typer.Option(help="Precision; auto: bfloat16 on a GPU, float32 on a CPU."),
     ] = "auto"
     device: Annotated[
-        str, typer.Option(help="cpu, cuda or cuda:N; auto takes a GPU where there is one.")
+        str,
+        typer.Option(
+            metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one."
+        ),
     ] = "auto"
     attention_backend: Annotated[
         AttentionBackend,
         typer.Option(help="Exact attention of the prefill; auto times what is installed, once."),
     ] = "auto"
     revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of the model on the hub.")
+        str | None,
+        typer.Option(metavar="REVISION", help="Branch, tag or commit of the model on the hub."),
     ] = None
     trust_remote_code: TrustOption = False
     offline: OfflineOption = False
 
     def choice(self) -> ModelChoice:
+        """Raises UsageError for a revision of what is not on the hub."""
+        check_revision(self.model, self.revision)
         return ModelChoice(
             self.model,
             self.dtype,
@@ -113,8 +139,10 @@ class ModelOptions:
         )
 
 
-def _many(help: str) -> Any:
-    return typer.Option(help=help + "; commas or repeats for several cells.")
+def _many(metavar: str, help: str) -> Any:
+    return typer.Option(
+        metavar=metavar + "[,…]", help=help + "; commas or repeats for several cells."
+    )
 
 
 @dataclass(frozen=True)
@@ -130,31 +158,37 @@ class MethodOptions:
         ),
     ] = None
     sparse_budget: Annotated[
-        list[str] | None, _many("Prompt tokens selected per step: a number, or a share like 1.5%")
+        list[str] | None,
+        _many("TOKENS|SHARE%", "Prompt tokens selected per step: a number, or a share like 1.5%"),
     ] = None
-    rank: Annotated[list[str] | None, _many("Rank of the low-rank keys")] = None
-    chunk_size: Annotated[list[str] | None, _many("Tokens per chunk")] = None
-    landmarks_per_chunk: Annotated[list[str] | None, _many("1 (the paper), 2 or 4")] = None
+    rank: Annotated[list[str] | None, _many("N", "Rank of the low-rank keys")] = None
+    chunk_size: Annotated[list[str] | None, _many("N", "Tokens per chunk")] = None
+    landmarks_per_chunk: Annotated[
+        list[str] | None, _many("1|2|4", "Means that describe a chunk; 1 is the paper's")
+    ] = None
     outlier_chunks: Annotated[
-        list[str] | None, _many("Chunks kept exactly for being badly described, or auto")
+        list[str] | None,
+        _many("N|auto", "Chunks kept exactly because a mean describes them badly"),
     ] = None
-    local_chunks: Annotated[list[str] | None, _many("Chunks at the prompt's end always kept")] = (
-        None
-    )
+    local_chunks: Annotated[
+        list[str] | None, _many("N", "Chunks at the prompt's end that are always kept")
+    ] = None
     dense_fallback: Annotated[
-        str | None,
-        typer.Option(
-            help="auto: prompts not longer than what is kept get full attention; never: the method."
+        list[str] | None,
+        _many(
+            "auto|never",
+            "auto: prompts not longer than what is kept get full attention; never: the method",
         ),
     ] = None
     value_placement: Annotated[
-        str | None, typer.Option(help="device (with the model), or host (pinned memory).")
+        list[str] | None,
+        _many("device|host", "Where values lie: with the model, or in pinned host memory"),
     ] = None
     value_buffer: Annotated[
-        str | None,
-        typer.Option(help="Chunks of values held beside the model, as a multiple of the budget."),
+        list[str] | None,
+        _many("FACTOR", "Values held beside the model, as a multiple of the chunks selected"),
     ] = None
-    key_buffer: Annotated[str | None, typer.Option(help="The same for rebuilt keys.")] = None
+    key_buffer: Annotated[list[str] | None, _many("FACTOR", "The same for rebuilt keys")] = None
 
     def specs(self) -> list[MethodSpec]:
         """Every combination of the settings given, applied to every method.
@@ -165,8 +199,11 @@ class MethodOptions:
         for field in dataclasses.fields(self)[1:]:
             value = getattr(self, field.name)
             if value is not None:
-                axes[field.name] = split_list([value] if isinstance(value, str) else value)
-        methods = self.method or ["full", "shadowkv"]
+                axes[field.name] = given_names(value, "--" + field.name.replace("_", "-"))
+        methods = ["full", "shadowkv"]
+        if self.method is not None:
+            given_names(self.method, "--method")
+            methods = self.method
         return grid(methods, axes) if axes else build_specs(methods, {})
 
 
@@ -198,11 +235,12 @@ class DataOptions:
 
     data: DataOption
     num_samples: Annotated[
-        int | None, typer.Option(help="The first so many samples of each task.")
+        int | None, typer.Option(metavar="N", help="The first so many samples of each task.")
     ] = None
     tasks: TasksOption = None
     context_length: Annotated[
-        list[str] | None, typer.Option(help="Only these lengths; commas or repeats.")
+        list[str] | None,
+        typer.Option(metavar="LENGTH[,…]", help="Only these lengths; commas or repeats."),
     ] = None
     allow_tokenizer_mismatch: Annotated[
         bool,
@@ -216,8 +254,9 @@ class DataOptions:
 BatchSizeOption = Annotated[
     list[str] | None,
     typer.Option(
+        metavar="N|equal|auto[,…]",
         help="Sequences decoded together: numbers, equal (full attention's largest) or auto (the "
-        "method's own largest); commas or repeats. [default: 1]"
+        "method's own largest); commas or repeats. [default: 1]",
     ),
 ]
 
@@ -226,15 +265,17 @@ BatchSizeOption = Annotated[
 class TimingOptions:
     """How decoding is timed."""
 
-    decode_steps: Annotated[int, typer.Option(help="Timed decode steps of each round.")] = 64
-    warmup_steps: Annotated[int, typer.Option(help="Untimed steps before them.")] = 8
+    decode_steps: Annotated[
+        int, typer.Option(metavar="N", help="Timed decode steps of each round.")
+    ] = 64
+    warmup_steps: Annotated[int, typer.Option(metavar="N", help="Untimed steps before them.")] = 8
     rounds: Annotated[
-        int, typer.Option(help="Measurements of each cell; the cells take turns.")
+        int, typer.Option(metavar="N", help="Measurements of each cell; the cells take turns.")
     ] = 6
 
     def settings(
         self,
-        context_lengths: Sequence[str],
+        context_lengths: Sequence[int],
         batch_size: Sequence[str] | None,
         state: State,
         backend: AttentionBackend,
@@ -242,7 +283,7 @@ class TimingOptions:
         share: bool,
     ) -> BenchSettings:
         return BenchSettings(
-            tuple(parse_token_count(text) for text in split_list(context_lengths)),
+            tuple(context_lengths),
             tuple(split_list(batch_size or ["1"])),
             self.decode_steps,
             self.warmup_steps,
@@ -262,15 +303,15 @@ def eval_config(
 ) -> EvalConfig:
     """Put the groups of `eval` and `sweep` together."""
     choice = model.choice()
-    lengths = [parse_token_count(text) for text in split_list(data.context_length or [])]
+    lengths = given_lengths(data.context_length, "--context-length")
     identity = {"model": choice, "data": data.data, "cells": [spec.cell for spec in specs]}
     return EvalConfig(
         model=choice,
         data=data.data,
         specs=tuple(specs),
         output=run.output or default_output(kind, model.model, identity),
-        tasks=tuple(split_list(data.tasks)) if data.tasks else None,
-        context_lengths=tuple(lengths) or None,
+        tasks=tuple(given_names(data.tasks, "--tasks")) if data.tasks is not None else None,
+        context_lengths=lengths or None,
         num_samples=data.num_samples,
         allow_tokenizer_mismatch=data.allow_tokenizer_mismatch,
         fresh=run.fresh,

@@ -27,28 +27,45 @@ def load_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"The configuration {path} is not valid YAML: {reason}") from None
-    if not isinstance(values, dict):
+    if not isinstance(values, dict | None):
         raise UsageError(f"The configuration {path} must hold 'option: value' lines.")
-    params = {p.name: p for p in ctx.command.params if p.name not in ("config", "help")}
+    params = {_config_name(p): p for p in ctx.command.params if p.name not in ("config", "help")}
     defaults: dict[str, Any] = {}
-    for key, value in values.items():
+    for key, value in (values or {}).items():
         name = str(key).replace("-", "_")
         if name not in params:
-            close = difflib.get_close_matches(name, [str(p) for p in params], n=1)
+            close = difflib.get_close_matches(name, list(params), n=1)
             meant = f" Did you mean '{close[0].replace('_', '-')}'?" if close else ""
             raise UsageError(f"The configuration {path} has an unknown name '{key}'.{meant}")
-        many = getattr(params[name], "multiple", False) or params[name].nargs != 1
-        items = value if isinstance(value, list) else [value]
-        if many:
-            defaults[name] = [str(item) for item in items]
-        elif isinstance(value, list):
-            defaults[name] = ",".join(str(item) for item in items)
-        elif isinstance(value, bool) or value is None:
-            defaults[name] = value
-        else:
-            defaults[name] = str(value)
+        if value is not None:
+            defaults[str(params[name].name)] = _config_value(params[name], value, f"{path}: {key}")
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
     return path
+
+
+def _config_name(param: Any) -> str:
+    """A parameter's name in a file: that of its long option; of an argument its own."""
+    long = next((opt for opt in param.opts if opt.startswith("--")), str(param.name))
+    return str(long.removeprefix("--").replace("-", "_"))
+
+
+def _config_value(param: Any, value: Any, where: str) -> Any:
+    """A value of the file as the command line would give it. Raises UsageError for another type."""
+    many = getattr(param, "multiple", False) or param.nargs != 1
+    flag = getattr(param, "is_flag", False)
+    if flag and not isinstance(value, bool):
+        raise UsageError(f"{where} must be true or false, not '{value}'.")
+    items = value if isinstance(value, list) else [value]
+    if not many and isinstance(value, list):
+        raise UsageError(f"{where} takes one value, not a list.")
+    for item in items:
+        if isinstance(item, dict | list | None):
+            raise UsageError(f"{where} holds '{item}': write plain values, or a list of them.")
+        if isinstance(item, bool) and not flag:
+            raise UsageError(f"{where} is no flag: it cannot be {str(item).lower()}.")
+    if flag:
+        return value
+    return [str(item) for item in items] if many else str(value)
 
 
 ConfigOption = Annotated[
@@ -78,5 +95,6 @@ OfflineOption = Annotated[
     bool, typer.Option("--offline", help="Use only what is on this machine; contact no hub.")
 ]
 TasksOption = Annotated[
-    list[str] | None, typer.Option("--tasks", help="Only these tasks; commas or repeats.")
+    list[str] | None,
+    typer.Option("--tasks", metavar="TASK[,…]", help="Only these tasks; commas or repeats."),
 ]

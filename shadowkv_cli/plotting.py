@@ -13,7 +13,7 @@ from shadowkv_cli.plots import style
 from shadowkv_cli.plots.data import PlotData, load
 from shadowkv_cli.results import PLOTS as PLOTS_FOLDER
 from shadowkv_cli.results import Run
-from shadowkv_cli.rowlog import write_failure
+from shadowkv_cli.rowlog import write_atomic, write_failure
 from shadowkv_cli.summary import csv_text
 
 PLOTS: dict[str, tuple[str, str]] = {
@@ -94,8 +94,8 @@ def _write(name: str, data: PlotData, output: Path, dpi: int) -> list[Path]:
         file = output / f"{name}.{suffix}"
         try:
             output.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(content)
         except OSError as error:
-            raise write_failure(file, error) from error
+            raise write_failure(output, error) from error
+        write_atomic(file, content)
         files.append(file)
     return files

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.rowlog import Row, read_rows
@@ -15,6 +16,19 @@ UNNAMED_CELL = "predictions"
 ECHO_CHARACTERS = 40
 SHORTEST_ECHO = 16
 """Shorter pieces of a prompt may stand in an honest answer."""
+
+
+FIELD_TYPES: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("prediction", "cell", "method", "error"), (str | None, "a text")),
+    **dict.fromkeys(("settings", "audit"), (dict | None, "an object")),
+    **dict.fromkeys(
+        ("sparse_budget_tokens", "outlier_tokens", "gpu_bytes", "host_bytes", "hit_rate"),
+        (int | float | None, "a number"),
+    ),
+    "pass": (int | None, "a whole number"),
+    "dense_fallback": (bool | None, "true, false"),
+}
+"""Fields of a prediction that are used where a row has them."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +98,11 @@ def _checked_rows(path: Path, samples: dict[str, Sample]) -> Iterator[Row]:
         for field in ("id", "prediction"):
             if field not in row:
                 raise UsageError(f"{where}: a prediction needs the field '{field}'.")
-        if not isinstance(row["prediction"], str | None):
-            raise UsageError(f"{where}: the field 'prediction' must be a text or null.")
+        for field, (kinds, name) in FIELD_TYPES.items():
+            if not isinstance(row.get(field), kinds):
+                raise UsageError(f"{where}: the field '{field}' must be {name} or null.")
+        if not isinstance(row["id"], str):
+            raise UsageError(f"{where}: the field 'id' must be a text.")
         if row["id"] not in samples:
             raise UsageError(
                 f"{where}: the dataset has no sample '{row['id']}': give the --data that these "
@@ -111,6 +128,12 @@ def rescore(predictions: Path, data: Path) -> Rescored:
     """
     if not predictions.is_file():
         raise UsageError(f"There are no predictions '{predictions}': give a JSONL file.")
+    with predictions.open("rb") as file:
+        beginning = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if beginning and not beginning.startswith(b"{"):
+        raise UsageError(
+            f"'{predictions}' is no JSONL: each line must be an object with 'id' and 'prediction'."
+        )
     samples = read_samples(Dataset.open(data))
     rows = list(_checked_rows(predictions, samples))
     if not rows:

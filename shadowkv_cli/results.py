@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -46,11 +47,18 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _short(value: Any) -> str:
+    """A value as JSON; of a hash only the beginning."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40,}", value):
+        return f"{value[:8]}…"
+    return json.dumps(value, ensure_ascii=False)
+
+
 def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """List the keys in which two identities differ, as `key: old -> new`; empty if none does."""
     before, after = _flatten(dict(old)), _flatten(dict(new))
     return ", ".join(
-        f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
+        f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}"
         for key in dict.fromkeys([*before, *after])
         if before.get(key) != after.get(key)
     )
@@ -96,9 +104,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UsageError(f"'{path}' is no run: it has no {MANIFEST}.") from None
     except ValueError as error:
-        raise ShadowKVError(f"{file} is not valid JSON ({error}).") from None
+        raise ShadowKVError(
+            f"{file} is not valid JSON ({error}): restore it, or start the run over with --fresh."
+        ) from None
     if not isinstance(manifest, dict) or "identity" not in manifest:
-        raise ShadowKVError(f"{file} is not the manifest of a run: it has no identity.")
+        raise UsageError(
+            f"{file} is not the manifest of a run: give a folder that eval, bench or sweep wrote, "
+            "or a new one."
+        )
     if manifest.get("schema_version", 0) > SCHEMA_VERSION:
         raise ShadowKVError(
             f"{file} has schema_version {manifest['schema_version']}; this version reads up to "

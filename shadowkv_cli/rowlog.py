@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowkv_cli.console import notice
-from shadowkv_cli.errors import ShadowKVError
+from shadowkv_cli.errors import ShadowKVError, UsageError
 
 Row = dict[str, Any]
 
@@ -29,18 +29,20 @@ def write_failure(path: Path, error: OSError) -> ShadowKVError:
             f"Disk full ({error.strerror}) while writing {path}: nothing already written is lost; "
             "free space and run the same command again."
         )
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return UsageError(f"Cannot write {path} ({error.strerror}): choose another --output.")
     return ShadowKVError(
         f"Cannot write {path}: {error.strerror}. Nothing already written is lost; "
         "run the same command again once that is solved."
     )
 
 
-def write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace a file so that a reader or a crash meets the old content or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -128,7 +130,8 @@ def read_rows(path: Path, *, whole_groups: bool = True) -> Iterator[Row]:
     """Yield the rows of a log, without `part`; nothing if the file does not exist.
 
     A last line without its newline is left out with a notice, and so is a last group that is not
-    whole unless `whole_groups` is False (files that were filtered by hand).
+    whole unless `whole_groups` is False (files that were filtered by hand; blank lines are
+    skipped there).
     Raises ShadowKVError naming file and line for a broken line anywhere else.
     """
     if not path.exists():
@@ -137,6 +140,8 @@ def read_rows(path: Path, *, whole_groups: bool = True) -> Iterator[Row]:
     cut = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            if not whole_groups and not line.strip():
+                continue
             if not line.endswith(b"\n") and whole_groups:
                 cut = 1
                 break

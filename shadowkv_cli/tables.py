@@ -287,7 +287,7 @@ def tables(
     shown: list[Table] = []
     if scores:
         shown.append(score_table(scores, notes))
-        if any(r.method != FULL for r in scores):
+        if any(r.method != FULL and r.attended_tokens is not None for r in scores):
             shown.append(settings_table(scores))
     if throughput:
         shown.append(throughput_table(throughput, () if scores else notes))

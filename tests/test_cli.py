@@ -57,7 +57,7 @@ def test_every_option_has_a_help_text() -> None:
         ("eval --model demo --data DATA --context-length x", 2, "4096 or 4k"),
         ("eval --model demo --data DATA --rank 0", 2, "rank must be at least 1"),
         ("eval --model MODEL --data DATA --rank 160", 2, "key width 32"),
-        ("eval --model demo --data DATA --rank many", 2, "rank cannot be 'many'"),
+        ("eval --model demo --data DATA --rank many", 2, "must be a whole number, not 'many'"),
         ("eval --model demo --data DATA --sparse-budget 100", 2, "not divisible by chunk_size 8"),
         ("eval --model demo --data DATA --sparse-budget 0%", 2, "no sparse budget"),
         ("eval --model demo --data DATA --method full --rank 8", 2, "--rank has no effect"),

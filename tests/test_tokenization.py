@@ -134,5 +134,5 @@ def test_tokenizers_that_cannot_be_loaded_are_one_line(tmp_path):
 
 def test_no_network_is_one_line_that_names_the_ways_out(monkeypatch):
     monkeypatch.setattr("shadowkv_cli.tasks.hub.hub_reachable", lambda: False)
-    with pytest.raises(ShadowKVError, match=r"cannot be reached.*--tokenizer demo"):
+    with pytest.raises(ShadowKVError, match=r"cannot be reached.*`demo`"):
         load_tokenizer("some/model")

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shadowkv_cli.model.demo import DEMO_MODEL_DIR, demo_config
+from shadowkv_cli.model.demo import DEMO_MODEL_DIR, demo_config, load_demo_model
+from shadowkv_cli.tasks.metrics import score
 from shadowkv_cli.tasks.ruler.definitions import constants, definitions
 from shadowkv_cli.tasks.ruler.draws import Workbench
-from shadowkv_cli.tasks.ruler.samples import make_draw
+from shadowkv_cli.tasks.ruler.samples import calibrate_task, make_draw, make_sample
 from shadowkv_cli.tasks.ruler.sources import load_sources
 from shadowkv_cli.tasks.ruler.synthetic_prose import prose_sentences
 from shadowkv_cli.tasks.ruler.wrappers import resolve_wrapper
@@ -221,10 +222,10 @@ def test_heads_of_the_first_layer_start_by_looking_back():
 
 
 def trained(folder, calls: list[float | None]):
-    """Train 6 tiny steps in as many calls as there are pauses."""
+    """Train 4 tiny steps in as many calls as there are pauses."""
     for number, pause in enumerate(calls):
         one = model(3)
-        trainer = Trainer(one, TINY, Settings(seed=3, output=folder, steps=6, pause=pause))
+        trainer = Trainer(one, TINY, Settings(seed=3, output=folder, steps=4, pause=pause))
         if number:
             trainer.load(folder / CHECKPOINT)
         trainer.run()
@@ -235,9 +236,9 @@ def test_a_resumed_training_ends_where_one_call_ends(tmp_path):
     for name in ("one", "two", "again"):
         (tmp_path / name).mkdir()
     whole, progress = trained(tmp_path / "one", [None])
-    parts, resumed = trained(tmp_path / "two", [3, None])
+    parts, resumed = trained(tmp_path / "two", [2, None])
     again, _ = trained(tmp_path / "again", [None])
-    assert progress.step == resumed.step == 6
+    assert progress.step == resumed.step == 4
     assert progress.stage == resumed.stage == 1
     assert progress.exact_match == resumed.exact_match
     for (name, weight), other, third in zip(
@@ -255,3 +256,18 @@ def test_the_shipped_files_are_of_this_architecture():
         if name not in ("architectures", "dtype", "transformers_version"):
             assert wanted.get(name) == value, name
     assert (DEMO_MODEL_DIR / "model.safetensors").stat().st_size < 25_000_000
+
+
+@pytest.mark.parametrize("task", ["niah_single_2", "niah_multikey_2", "niah_multivalue"])
+def test_the_shipped_model_recalls(task):
+    """Generated samples, with prose that it was not trained on; all of them are right."""
+    bench = Workbench(
+        tokenizer(), resolve_wrapper("auto", tokenizer()), load_sources([task], "synthetic"), 5
+    )
+    calibration = calibrate_task(bench, task, 1024, 4)
+    network = Network(load_demo_model(torch.float32), dtype=torch.float32, compiled=False)
+    samples = [make_sample(bench, task, 1024, i, calibration) for i in range(4)]
+    prompts = [encode_prompt(tokenizer(), sample.text) for sample in samples]
+    for sample, ids in zip(samples, answer(network, prompts, 40, pieces().eos), strict=True):
+        text = tokenizer().decode(ids)
+        assert score(text, sample) == 1, (sample.id, sample.references, text)

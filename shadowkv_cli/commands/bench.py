@@ -8,28 +8,32 @@ from typing import Annotated, Literal
 import typer
 
 from shadowkv_cli.console import notice
-from shadowkv_cli.errors import EXIT_INCOMPLETE
+from shadowkv_cli.errors import EXIT_INCOMPLETE, UsageError
 from shadowkv_cli.option_groups import (
     BatchSizeOption,
     MethodOptions,
     ModelOptions,
     RunOptions,
     TimingOptions,
+    given_lengths,
     spread,
 )
 from shadowkv_cli.run_config import BenchConfig, default_output
 
+DEFAULT_CONTEXT = 16 * 1024
+
 
 @spread
 def bench(
+    *,
     model: ModelOptions,
     methods: MethodOptions,
     timing: TimingOptions,
-    run: RunOptions,
     context_length: Annotated[
         list[str] | None,
         typer.Option(
-            help="Tokens of each prompt and its answer together; commas or repeats. [default: 16k]"
+            metavar="LENGTH[,…]",
+            help="Tokens of each prompt and its answer together; commas or repeats. [default: 16k]",
         ),
     ] = None,
     batch_size: BatchSizeOption = None,
@@ -43,6 +47,7 @@ def bench(
     data: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A folder that `build-data` wrote.")
     ] = None,
+    run: RunOptions,
 ) -> None:
     """Time the decoding of each method alone, in rounds that take turns over the methods.
 
@@ -56,9 +61,12 @@ def bench(
     specs = methods.specs()
     if state == "auto":
         state = "prompts" if data else "tokens"
-    settings = timing.settings(
-        context_length or ["16k"], batch_size, state, model.attention_backend, share=False
-    )
+    if data is not None and state != "prompts":
+        raise UsageError(f"--data has no effect with --state {state}: leave one of them out.")
+    if state == "synthetic" and model.attention_backend != "auto":
+        raise UsageError("--attention-backend has no effect with --state synthetic: no prefill.")
+    lengths = given_lengths(context_length, "--context-length") or (DEFAULT_CONTEXT,)
+    settings = timing.settings(lengths, batch_size, state, model.attention_backend, share=False)
     choice = model.choice()
     identity = {"model": choice, "cells": [s.cell for s in specs], "how": settings, "data": data}
     config = BenchConfig(

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from shadowkv_cli.config import parse_token_count, split_list
 from shadowkv_cli.console import format_bytes, format_duration, notice, print_json, print_table
+from shadowkv_cli.option_groups import check_revision, given_lengths, given_names
 from shadowkv_cli.options import (
     ConfigOption,
     DryRunOption,
@@ -43,16 +43,20 @@ def ruler(
         list[str],
         typer.Option(
             "--context-length",
+            metavar="LENGTH[,…]",
             help="Tokens of prompt and answer, like 4k or 131072; commas or repeats.",
         ),
     ],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the dataset.")],
-    num_samples: Annotated[int, typer.Option(help="Samples per task and length.")] = 96,
+    num_samples: Annotated[
+        int, typer.Option(metavar="N", help="Samples per task and length.")
+    ] = 96,
     tasks: TasksOption = None,
     template: Annotated[
         str,
         typer.Option(
-            help="Chat template: auto (the tokenizer's own, or none), base, llama-3, glm, …"
+            metavar="NAME",
+            help="Chat template: auto (the tokenizer's own, or none), base, llama-3, glm, …",
         ),
     ] = "auto",
     sources: Annotated[
@@ -73,12 +77,14 @@ def ruler(
         Path | None,
         typer.Option(metavar="FILE", help="HotpotQA's hotpot_dev_distractor_v1.json."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Determines every row.")] = 42,
+    seed: Annotated[int, typer.Option(metavar="N", help="Determines every row.")] = 42,
     num_workers: Annotated[
-        int | None, typer.Option(help="Processes; by default several where it pays.")
+        int | None,
+        typer.Option(metavar="N", help="Processes; by default several where it pays."),
     ] = None,
     revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of the tokenizer on the hub.")
+        str | None,
+        typer.Option(metavar="REVISION", help="Branch, tag or commit of the tokenizer on the hub."),
     ] = None,
     trust_remote_code: TrustOption = False,
     offline: OfflineOption = False,
@@ -92,13 +98,14 @@ def ruler(
     """
     from shadowkv_cli.tasks.ruler.build import RulerBuild, RulerConfig
 
+    check_revision(tokenizer, revision)
     build = RulerBuild(
         RulerConfig(
             tokenizer=tokenizer,
-            context_lengths=tuple(parse_token_count(n) for n in split_list(context_length)),
+            context_lengths=given_lengths(context_length, "--context-length"),
             num_samples=num_samples,
             output=output,
-            tasks=tuple(split_list(tasks)) if tasks else None,
+            tasks=None if tasks is None else tuple(given_names(tasks, "--tasks")),
             template=template,
             sources=sources,
             essays=essays,

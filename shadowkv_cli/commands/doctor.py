@@ -11,7 +11,7 @@ from shadowkv_cli.config import split_list
 from shadowkv_cli.console import notice, print_json
 from shadowkv_cli.diagnosis import REQUIREMENTS, Check, run_checks
 from shadowkv_cli.errors import EXIT_FAILED, unknown_name
-from shadowkv_cli.options import JsonOption, OfflineOption
+from shadowkv_cli.options import ConfigOption, JsonOption, OfflineOption
 
 
 def doctor(
@@ -27,6 +27,7 @@ def doctor(
     ] = False,
     offline: OfflineOption = False,
     json: JsonOption = False,
+    config: ConfigOption = None,
 ) -> None:
     """Say what is here, what is missing, and what to do about it.
 

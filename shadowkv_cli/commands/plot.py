@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from shadowkv_cli.config import split_list
 from shadowkv_cli.console import notice, print_json, print_table
-from shadowkv_cli.options import JsonOption
+from shadowkv_cli.option_groups import given_names
+from shadowkv_cli.options import ConfigOption, JsonOption
 
 
 def plot(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN…", help="Folders that eval, bench or sweep wrote.")
+        list[Path], typer.Argument(metavar="RUN", help="Folders that eval, bench or sweep wrote.")
     ],
     output: Annotated[
         Path | None,
@@ -22,13 +22,16 @@ def plot(
     ] = None,
     plots: Annotated[
         list[str] | None,
-        typer.Option("--plots", help="Only these plots; commas or repeats."),
+        typer.Option("--plots", metavar="PLOT[,…]", help="Only these plots; commas or repeats."),
     ] = None,
     show_list: Annotated[
         bool, typer.Option("--list", help="Say which plots the data allow, and draw nothing.")
     ] = False,
-    dpi: Annotated[int, typer.Option(min=50, max=1200, help="Dots per inch of the PNG.")] = 200,
+    dpi: Annotated[
+        int, typer.Option(metavar="N", min=50, max=1200, help="Dots per inch of the PNG.")
+    ] = 200,
     json: JsonOption = False,
+    config: ConfigOption = None,
 ) -> None:
     """Draw figures from the folders of runs: PNG, SVG and the CSV of the points.
 
@@ -46,7 +49,7 @@ def plot(
         rows = [[name, PLOTS[name][1], why or "yes"] for name, why in reasons.items()]
         print_table("Plots", ["plot", "shows", "possible"], rows)
         return
-    names = split_list(plots) if plots else None
+    names = None if plots is None else given_names(plots, "--plots")
     files, skipped = draw_plots(read, output or default_output(read), names, dpi)
     if json:
         print_json({"files": [str(file) for file in files], "skipped": skipped})

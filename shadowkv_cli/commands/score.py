@@ -9,7 +9,7 @@ import typer
 
 from shadowkv_cli.console import notice, print_json
 from shadowkv_cli.errors import EXIT_INCOMPLETE
-from shadowkv_cli.options import DataOption, JsonOption
+from shadowkv_cli.options import ConfigOption, DataOption, JsonOption
 
 
 def score(
@@ -19,6 +19,7 @@ def score(
     ],
     data: DataOption,
     json: JsonOption = False,
+    config: ConfigOption = None,
 ) -> None:
     """Score stored predictions again, ours or another tool's.
 

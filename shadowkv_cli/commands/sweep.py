@@ -8,7 +8,7 @@ import typer
 
 from shadowkv_cli.config import FullSpec
 from shadowkv_cli.console import format_duration, notice
-from shadowkv_cli.errors import EXIT_INCOMPLETE
+from shadowkv_cli.errors import EXIT_INCOMPLETE, UsageError
 from shadowkv_cli.option_groups import (
     BatchSizeOption,
     DataOptions,
@@ -17,6 +17,7 @@ from shadowkv_cli.option_groups import (
     RunOptions,
     TimingOptions,
     eval_config,
+    given_lengths,
     spread,
 )
 from shadowkv_cli.run_config import SweepConfig
@@ -24,19 +25,20 @@ from shadowkv_cli.run_config import SweepConfig
 
 @spread
 def sweep(
+    *,
     model: ModelOptions,
     data: DataOptions,
     methods: MethodOptions,
     timing: TimingOptions,
-    run: RunOptions,
     no_throughput: Annotated[
         bool, typer.Option("--no-throughput", help="Measure accuracy only.")
     ] = False,
     bench_context_length: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="LENGTH[,…]",
             help="Tokens of prompt and answer that decoding is timed on; commas or repeats. "
-            "[default: 32k, or the model's context]"
+            "[default: 32k, or the model's context]",
         ),
     ] = None,
     bench_batch_size: BatchSizeOption = None,
@@ -44,6 +46,7 @@ def sweep(
         Literal["synthetic", "prompts"],
         typer.Option(help="Time from random keys and values, or from prompts of the data."),
     ] = "synthetic",
+    run: RunOptions,
 ) -> None:
     """Measure accuracy and throughput of every combination of the settings given as lists.
 
@@ -59,9 +62,17 @@ def sweep(
     if FullSpec() not in specs:
         specs.insert(0, FullSpec())
     settings = None
-    if not no_throughput:
+    if no_throughput:
+        asked = (bench_context_length, bench_batch_size, timing, state)
+        if asked != (None, None, TimingOptions(), "synthetic"):
+            raise UsageError(
+                "--no-throughput leaves the timing out, so --bench-context-length, "
+                "--bench-batch-size, --decode-steps, --warmup-steps, --rounds and --state have no "
+                "effect beside it."
+            )
+    else:
         settings = timing.settings(
-            bench_context_length or [],
+            given_lengths(bench_context_length, "--bench-context-length"),
             bench_batch_size,
             state,
             model.attention_backend,

@@ -89,7 +89,7 @@ class SparseGroup(Group):
             return torch.zeros(count, dtype=torch.int32, device=device)
 
         self.budget_chunks, self.num_chunks = per_row(), per_row()
-        self.outlier_lengths, self.local_lengths = per_row(), per_row()
+        self.section_lengths = torch.zeros(count, 3, dtype=torch.int32, device=device)
         self.key_slot_counts, self.value_slot_counts = per_row(), per_row()
         self.row_kept: list[Kept] = kept
         self.fetched = torch.zeros(new_tokens + 1, count, dtype=torch.int64, device=device)
@@ -127,8 +127,8 @@ class SparseGroup(Group):
             key_slots, value_slots = self.slots(self.specs[row], kept)
             self.budget_chunks[row] = kept.selected_chunks
             self.num_chunks[row] = (prompt.tokens - kept.local_tokens) // self.chunk_size
-            self.outlier_lengths[row] = kept.outlier_tokens
-            self.local_lengths[row] = kept.local_tokens
+            self.section_lengths[row, 0] = kept.outlier_tokens
+            self.section_lengths[row, 1] = kept.local_tokens
             self.key_slot_counts[row] = key_slots
             self.value_slot_counts[row] = value_slots
         super().begin(prompt)
@@ -182,7 +182,8 @@ class SparseGroup(Group):
 
     def lengths(self) -> Tensor:
         """Tokens in use of each fixed section, int32 [R, 3]."""
-        return torch.stack((self.outlier_lengths, self.local_lengths, self.seen), 1)
+        self.section_lengths[:, 2] = self.seen
+        return self.section_lengths
 
     def _place(self, table: Residency, ids: Tensor) -> tuple[Tensor, Tensor]:
         return ops.update_residency(

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 DEMO_MODEL_DIR = Path(__file__).resolve().parent.parent / "demo" / "model"
 DEMO_CONTEXT = 32_768
-"""Ids that it is trained for, answers included: beyond them it recalls nothing."""
+"""Ids that it is trained for, answers included; its recall beyond them was not measured."""
 
 
 def demo_config(vocab_size: int, bos: int, eos: int, pad: int) -> LlamaConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec
-from shadowkv_cli.errors import UsageError
+from shadowkv_cli.errors import ShadowKVError, UsageError
 from shadowkv_cli.model.demo import load_demo_model
 from shadowkv_cli.model.loading_errors import explained
 from shadowkv_cli.model.rotary import attention_modules, head_dim, is_interleaved
@@ -86,7 +87,7 @@ def _from_pretrained(choice: ModelChoice, dtype: torch.dtype) -> PreTrainedModel
     """Load from the hub or a folder; every known way to fail becomes one line."""
     trust = choice.trust_remote_code
     with explained(choice) as local:
-        return AutoModelForCausalLM.from_pretrained(
+        answer: Any = AutoModelForCausalLM.from_pretrained(
             choice.name,
             dtype=dtype,
             revision=choice.revision or "main",
@@ -94,7 +95,28 @@ def _from_pretrained(choice: ModelChoice, dtype: torch.dtype) -> PreTrainedModel
             local_files_only=local,
             # Anything but safetensors is unpickled, which runs code.
             use_safetensors=None if trust else True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, in one line
         )
+    model: PreTrainedModel
+    model, report = answer
+    _check_weights(choice.name, report)
+    return model
+
+
+def _check_weights(name: str, report: Mapping[str, Any]) -> None:
+    """Raise ShadowKVError where the files lack weights, which would be random numbers then."""
+    for what, keys in (
+        ("does not hold", report["missing_keys"]),
+        ("holds in another shape than its config.json says", report["mismatched_keys"]),
+    ):
+        if keys:
+            first = min(str(key[0] if isinstance(key, tuple) else key) for key in keys)
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ShadowKVError(
+                f"Cannot use the model {name}: it {what} the weights {first}{more}; they would be "
+                "random. Its config.json or class does not belong to its weights."
+            )
 
 
 def _eos_ids(model: PreTrainedModel) -> frozenset[int]:

@@ -18,6 +18,7 @@ def explained(choice: ModelChoice) -> Iterator[bool]:
     Yields whether only local files may be used: asked for, or the hub is out of reach.
     """
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from safetensors import SafetensorError
 
     name = choice.name
     folder = Path(name).expanduser()
@@ -40,7 +41,7 @@ def explained(choice: ModelChoice) -> Iterator[bool]:
             ) from None
         except HfHubHTTPError as error:
             raise ShadowKVError(f"The hub refused {name}: {one_line(error)}") from None
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
             reason = one_line(error)
             if "trust_remote_code" in reason:
                 reason = "it runs its own code: allow it with --trust-remote-code"
@@ -50,6 +51,8 @@ def explained(choice: ModelChoice) -> Iterator[bool]:
                     + ("was not asked (--offline)" if choice.offline else "cannot be reached")
                     + ": give a local folder, or use --model demo"
                 )
+            elif isinstance(error, SafetensorError):
+                reason = f"its safetensors are cut off or damaged ({reason}): fetch them again"
             elif "safetensors" in reason:
                 reason = "it has no safetensors; other formats run code, see --trust-remote-code"
             raise ShadowKVError(f"Cannot load the model {name}: {reason}.") from None

@@ -44,6 +44,14 @@ def _specs_of(group: Group, rows: Iterable[int]) -> list[MethodSpec]:
     return [group.rows[row].spec for row in rows]
 
 
+def _as_index(places: Sequence[int], device: torch.device) -> slice | Tensor:
+    """A group's rows in the batch: a slice, which copies nothing, where they are neighbours."""
+    first, last = places[0], places[-1]
+    if list(places) == list(range(first, last + 1)):
+        return slice(first, last + 1)
+    return torch.tensor(places, device=device)
+
+
 def row_bucket(rows: int) -> int:
     """Rows that a batch is padded to: 8, 16, 32, …"""
     size = ROW_BUCKET
@@ -96,7 +104,7 @@ class Session:
         self.longest = 0  # prompt, in tokens
         self.used = 0  # places behind the prompts, of the row that has most
         self._prompt: Prompt | None = None  # the one that is being prefilled
-        self._row_places = [torch.tensor(places, device=loaded.device) for places, _ in self.groups]
+        self._row_places = [_as_index(places, loaded.device) for places, _ in self.groups]
         self._tables: dict[tuple[float, ...], int] = {}
 
     def focus(self, spec: MethodSpec) -> None:
@@ -106,7 +114,7 @@ class Session:
         assert self.num_rows == self.num_prompts, "the cells of this session are merged"
         self.decoding = [(list(range(self.num_rows)), group)]
         self.row_prompt = group.prompt_index.long()
-        self._row_places = [torch.arange(self.num_rows, device=self.loaded.device)]
+        self._row_places = [slice(0, self.num_rows)]
         self.reset()
 
     def set_prompt(self, prompt: Prompt) -> None:

@@ -38,13 +38,19 @@ def _rows_and_heads(
     return row, head
 
 
-def fixed_scores(query: Tensor, keys: Tensor, lengths: Tensor, capacities: list[int]) -> Tensor:
-    """Unscaled logits over the fixed part, minus infinity where it is not in use: [R, Hk, G, F]."""
+def fixed_scores(
+    query: Tensor, keys: Tensor, lengths: Tensor, capacities: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Unscaled logits over the fixed part, minus infinity where it is not in use.
+
+    Returns:
+        [R, Hk, G, F], and where it is not in use: bool [R, F].
+    """
     rows, q_heads, dim = query.shape
     grouped = query.view(rows, keys.shape[1], q_heads // keys.shape[1], dim)
     scores = torch.matmul(grouped, keys[:, :, : sum(capacities)].transpose(2, 3)).float()
     unused = ~_in_use(lengths, capacities)
-    return scores.masked_fill_(unused[:, None, None], float("-inf"))
+    return scores.masked_fill_(unused[:, None, None], float("-inf")), unused
 
 
 def _gather(space: Tensor, slots: Tensor, fixed: int, chunk_size: int) -> Tensor:
@@ -80,7 +86,7 @@ def _reference(
         f"lengths must be [{rows}, {len(capacities)}], got {list(lengths.shape)}",
     )
     grouped = query.view(rows, heads, q_heads // heads, dim)
-    scores = fixed_scores(query, keys, lengths, capacities)
+    scores, unused = fixed_scores(query, keys, lengths, capacities)
     if chosen := key_slots.shape[-1]:
         selected = torch.matmul(
             grouped, _gather(keys, key_slots, fixed, chunk_size).transpose(2, 3)
@@ -88,11 +94,13 @@ def _reference(
         empty = (key_slots < 0).repeat_interleave(chunk_size, -1)  # [R, Hk, N*c]
         scores = torch.cat((scores, selected.masked_fill_(empty[:, :, None], float("-inf"))), -1)
     scores *= scale
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).exp().to(values.dtype)
+    highest = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(highest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    lse = (highest + total.log())[..., 0]
+    weights = weights.div_(total).to(values.dtype)
     # A weight of 0 does not hide what is not finite.
-    unused = ~_in_use(lengths, capacities)[:, None, :, None]
-    held = values[:, :, :fixed].masked_fill(unused, 0)
+    held = values[:, :, :fixed].masked_fill(unused[:, None, :, None], 0)
     out = torch.matmul(weights[..., :fixed], held)
     if chosen:
         attended = _gather(values, value_slots, fixed, chunk_size)

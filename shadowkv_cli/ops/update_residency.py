@@ -23,6 +23,8 @@ def _reference(
     hits = (slots >= 0).nonzero(as_tuple=True)
     last_used[hits[0], hits[1], slots[hits].long()] = step[hits[0]]
     misses = valid & (slots < 0)
+    if not bool(misses.any()):
+        return slots, misses
     # The k-th miss takes the k-th least recently used slot; slots hit in this step are the newest.
     oldest = last_used.argsort(dim=-1, stable=True)
     order = (misses.cumsum(-1) - 1).clamp_min(0)

@@ -141,6 +141,7 @@ def draw(data: PlotData) -> Figure:
     style.legend_outside(figure, handles)
     caption = "Bars: 95 % interval of the paired difference (Tango)."
     if hidden > 0:
-        caption += f" {hidden} more cells are in the CSV; drawn are cells from best to worst."
+        more = "cell is" if hidden == 1 else "cells are"
+        caption += f" {hidden} more {more} in the CSV; those drawn span best to worst."
     style.finish(figure, "Difference to full attention", data.warnings, caption)
     return figure

@@ -37,13 +37,19 @@ def postprocess(name: str) -> Callable[[Callable[[str], str]], Callable[[str], s
     return register
 
 
+def check_metric(sample: Sample) -> None:
+    """Raise UsageError for a metric or postprocessing that is not registered."""
+    where = f"of sample {sample.id}"
+    if sample.metric not in METRICS:
+        raise unknown_name("metric", sample.metric, METRICS, where)
+    if sample.postprocess is not None and sample.postprocess not in POSTPROCESS:
+        raise unknown_name("postprocessing", sample.postprocess, POSTPROCESS, where)
+
+
 def score(prediction: str, sample: Sample) -> float:
     """Score one prediction, from 0 to 1. Raises UsageError for a name that is not registered."""
-    if sample.metric not in METRICS:
-        raise unknown_name("metric", sample.metric, METRICS)
+    check_metric(sample)
     if sample.postprocess is not None:
-        if sample.postprocess not in POSTPROCESS:
-            raise unknown_name("postprocessing", sample.postprocess, POSTPROCESS)
         prediction = POSTPROCESS[sample.postprocess](prediction)
     return METRICS[sample.metric](prediction, sample)
 

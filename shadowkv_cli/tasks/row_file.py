@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from shadowkv_cli.console import notice
@@ -78,3 +81,22 @@ class RowWriter:
             os.fsync(self._descriptor)
         finally:
             os.close(self._descriptor)
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing rows into a folder; leaves no file behind.
+
+    Raises ShadowKVError where one is writing already.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ShadowKVError(
+            f"Another shadowkv process is writing to '{folder}': wait for it, or choose another "
+            "--output."
+        ) from None
+    finally:
+        os.close(descriptor)

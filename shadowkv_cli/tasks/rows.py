@@ -149,10 +149,16 @@ class Dataset:
                 f"{path} holds no {MANIFEST_NAME}: make the data with `shadowkv build-data`."
             ) from None
         except ValueError as error:
-            raise UsageError(f"{file} is not valid JSON ({error}): build the data again.") from None
+            raise UsageError(
+                f"{file} is not valid JSON ({error}): delete that folder and build the data again, "
+                "or choose another."
+            ) from None
         for field in ("context_lengths", "tasks"):
             if not isinstance(manifest, dict) or field not in manifest:
-                raise UsageError(f"{file} has no field '{field}': build the data again.")
+                raise UsageError(
+                    f"{file} is not the manifest of a dataset (no field '{field}'): choose a "
+                    "folder that `shadowkv build-data` wrote, or a new one."
+                )
         return cls(path, manifest)
 
     @property
@@ -180,7 +186,15 @@ class Dataset:
         try:
             with file.open(encoding="utf-8", newline="\n") as lines:
                 for number, line in enumerate(itertools.islice(lines, limit), start=1):
-                    samples.append(_read_row(file, number, line))
+                    sample = _read_row(file, number, line)
+                    if (sample.task, sample.context_length) != (task, context_length) or (
+                        sample.index != number - 1
+                    ):
+                        raise UsageError(
+                            f"{file} line {number} is not the row that belongs there (found sample "
+                            f"{sample.id}): delete the file and build the data again."
+                        )
+                    samples.append(sample)
         except FileNotFoundError:
             pass
         except UnicodeDecodeError:

@@ -23,6 +23,9 @@ _PROBES = (
 )
 
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
 def load_tokenizer(
     name: str,
     *,
@@ -70,12 +73,18 @@ def _load_error(name: str, offline: bool, reachable: bool, error: Exception) -> 
     if not reachable:
         return ShadowKVError(
             f"The hub cannot be reached for the tokenizer {name}, and it is not on this machine: "
-            "check the network, give a local folder, or use --tokenizer demo."
+            "check the network, give a local folder, or use the bundled `demo`."
         )
     if "gated" in lowered or "401" in lowered or "403" in lowered:
         return ShadowKVError(
             f"No access to {name}: accept its licence on its hub page and log in with "
             "`hf auth login`, or give a local folder."
+        )
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        return ShadowKVError(
+            f"The folder {name} holds no tokenizer: copy the model's tokenizer.json and "
+            "tokenizer_config.json into it."
         )
     return ShadowKVError(f"Cannot load the tokenizer {name}: {text[:200]}")
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from shadowkv_cli.console import progress
-from shadowkv_cli.errors import UsageError
-from shadowkv_cli.tasks.row_file import RowWriter, continue_rows
+from shadowkv_cli.errors import ShadowKVError, UsageError
+from shadowkv_cli.tasks.row_file import RowWriter, continue_rows, lock_folder
 from shadowkv_cli.tasks.ruler.definitions import choose_tasks
 from shadowkv_cli.tasks.ruler.draws import Workbench
 from shadowkv_cli.tasks.ruler.fit import Calibration
@@ -33,6 +34,8 @@ from shadowkv_cli.tasks.tokenization import DEMO, tokenizer_fingerprint
 TOKENS_WORTH_WORKERS = 5_000_000
 """Below this many tokens one process is done before others have started."""
 MAX_AUTO_WORKERS = 8
+MAX_CONTEXT = 16 * 1024**2
+"""Tokens; a prompt is made in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,11 @@ class RulerConfig:
             raise UsageError(f"--num-workers must be at least 1, not {self.num_workers}.")
         if self.output.exists() and not self.output.is_dir():
             raise UsageError(f"--output {self.output} is a file, not a folder.")
+        if max(self.context_lengths) > MAX_CONTEXT:
+            raise UsageError(
+                f"A context length of {max(self.context_lengths)} is above {MAX_CONTEXT}, the "
+                "longest that is built."
+            )
         choose_tasks(self.tasks)
         check_template_name(self.template)
 
@@ -141,11 +149,13 @@ class RulerBuild:
             ),
         )
         plan_rows(self.manifest, self.tasks, config.context_lengths, config.num_samples)
-        self.pieces = [
-            self._piece(task, length)
-            for length in sorted(config.context_lengths)
-            for task in self.tasks
-        ]
+        # Reading repairs a last row that was cut off: not while another process writes it.
+        with lock_folder(config.output) if config.output.is_dir() else nullcontext():
+            self.pieces = [
+                self._piece(task, length)
+                for length in sorted(config.context_lengths)
+                for task in self.tasks
+            ]
 
     def _file(self, task: str, context_length: int) -> Path:
         return self.config.output / str(context_length) / f"{task}.jsonl"
@@ -196,6 +206,17 @@ class RulerBuild:
         """Write the rows that are missing. What is finished stays if this is stopped."""
         output = self.config.output
         output.mkdir(parents=True, exist_ok=True)
+        with lock_folder(output):
+            self._write_missing(output)
+
+    def _write_missing(self, output: Path) -> None:
+        for piece in self.pieces:
+            file = self._file(piece.task, piece.context_length)
+            if len(continue_rows(file, piece.task, piece.context_length)) != len(piece.existing):
+                raise ShadowKVError(
+                    f"Another shadowkv process wrote to {output} meanwhile: run the same command "
+                    "again to continue."
+                )
         write_manifest(output, self.manifest)
         jobs = (
             Job(piece.task, piece.context_length, index, piece.calibration)

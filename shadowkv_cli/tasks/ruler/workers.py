@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 
 from shadowkv_cli.errors import ShadowKVError
 from shadowkv_cli.tasks.rows import Sample
@@ -59,8 +61,17 @@ def _start_worker(tokenizer: TokenizerName, wrapper: Wrapper, sources: Sources, 
     global _bench
     # Ctrl-C goes to the main process, which ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _bench = Workbench(tokenizer.load(), wrapper, sources, seed)
+
+
+def _end_with_parent() -> None:
+    """End this worker when the main process was killed, which could not end it itself."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _run(job: Job) -> Sample:
