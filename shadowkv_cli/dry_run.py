@@ -153,16 +153,18 @@ def _shared_bytes(specs: Sequence[MethodSpec], shape: ModelShape, tokens: int, n
 
 def _describe_throughput(
     settings: BenchSettings, specs: Sequence[MethodSpec], facts: ModelFacts, probe: Probe
-) -> tuple[float, int, list[str]]:
-    """Seconds, measurements and a line of the throughput phase; `equal` and `auto` count as 1."""
+) -> tuple[dict[str, Any], str]:
+    """Facts and a line of the throughput phase; `equal` and `auto` count as batches of 1."""
     from shadowkv_cli.bench.estimate import decode_seconds, prefill_seconds
 
-    seconds, count = 0.0, 0
+    seconds, count, num_prefills, num_tokens = 0.0, 0, 0, 0
     for tokens in map(settings.prompt_tokens, settings.context_lengths):
         for rule in settings.batch_rules:
             batch = int(rule) if rule.isdigit() else 1
             prefills = batch * (1 if settings.share else len(specs))
             if settings.state != "synthetic":
+                num_prefills += prefills
+                num_tokens += prefills * tokens
                 seconds += prefills * prefill_seconds(facts, probe, tokens)
             for spec in specs:
                 read = batch * step_bytes(spec, facts.shape, tokens)
@@ -172,10 +174,17 @@ def _describe_throughput(
     line = (
         f"  throughput: {count} measurements ({len(specs)} cells, lengths "
         f"{', '.join(map(str, settings.context_lengths))}, batch {', '.join(settings.batch_rules)},"
-        f" {settings.rounds} rounds) of {settings.new_tokens} steps, state {settings.state}: about "
-        f"{format_duration(seconds)}"
+        f" {settings.rounds} rounds) of {settings.new_tokens} steps, state {settings.state}"
+        f"{f', after {num_prefills} prefills of {num_tokens:,} tokens' if num_prefills else ''}: "
+        f"about {format_duration(seconds)}"
     )
-    return seconds, count, [line]
+    facts_of_it = {
+        "measurements": count,
+        "throughput_prefills": num_prefills,
+        "throughput_prompt_tokens": num_tokens,
+        "estimated_seconds": seconds,
+    }
+    return facts_of_it, line
 
 
 def describe_benchmark(config: BenchConfig) -> Plan:
@@ -183,7 +192,7 @@ def describe_benchmark(config: BenchConfig) -> Plan:
     settings = config.settings
     longest = max(settings.context_lengths)
     facts, probe = _model(config.model, config.specs, longest)
-    seconds, count, lines = _describe_throughput(settings, config.specs, facts, probe)
+    timing, line = _describe_throughput(settings, config.specs, facts, probe)
     held = max(
         s.cache_bytes(facts.shape, longest, settings.new_tokens).device for s in config.specs
     )
@@ -192,17 +201,18 @@ def describe_benchmark(config: BenchConfig) -> Plan:
             "kind": "bench",
             "output": str(config.output),
             "cells": [spec.cell for spec in config.specs],
-            "measurements": count,
             "weight_bytes": facts.weight_bytes,
             "cache_bytes_per_sequence": held,
-            "estimated_seconds": seconds,
+            "output_bytes": timing["measurements"] * ROW_BYTES,
+            **timing,
         }
     )
     plan.lines = [
         f"Would run bench of {config.model.name}, into {config.output}:",
-        *lines,
+        *(f"  {spec.cell}: {_budget(spec, longest)}" for spec in config.specs),
+        line,
         f"  memory: {format_bytes(facts.weight_bytes)} of weights, up to {format_bytes(held)} of "
-        "cache a sequence",
+        f"cache a sequence; disk: about {format_bytes(plan.facts['output_bytes'])}",
     ]
     return plan
 
@@ -217,8 +227,8 @@ def describe_sweep(config: SweepConfig) -> Plan:
     longest = max(settings.context_lengths, default=0)
     facts, probe = _model(config.evaluation.model, specs, longest)
     settings = settings.for_model(facts.max_positions)
-    seconds, count, lines = _describe_throughput(settings, specs, facts, probe)
-    total = seconds + plan.facts["estimated_seconds"]
-    plan.facts |= {"measurements": count, "estimated_seconds": total}
-    plan.lines += [*lines, f"  both phases: about {format_duration(total)}"]
+    timing, line = _describe_throughput(settings, specs, facts, probe)
+    total = timing["estimated_seconds"] + plan.facts["estimated_seconds"]
+    plan.facts |= {**timing, "estimated_seconds": total}
+    plan.lines += [line, f"  both phases: about {format_duration(total)}"]
     return plan

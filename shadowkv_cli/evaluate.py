@@ -254,7 +254,8 @@ def evaluate_loaded(config: EvalConfig, kind: RunKind, ready: Ready, run: RunFol
     todo = work.todo
     finished = len(work.samples) - len(todo)
     if finished:
-        notice(f"{finished} of {len(work.samples)} samples are done already; continuing.")
+        rest = "continuing" if todo else "nothing is left to run"
+        notice(f"{finished} of {len(work.samples)} samples are done already; {rest}.")
     answerer = Answerer(
         ready.loaded,
         ready.tokenizer,

@@ -59,8 +59,6 @@ _bench: Workbench | None = None
 
 def _start_worker(tokenizer: TokenizerName, wrapper: Wrapper, sources: Sources, seed: int) -> None:
     global _bench
-    # Ctrl-C goes to the main process, which ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _bench = Workbench(tokenizer.load(), wrapper, sources, seed)
@@ -77,6 +75,18 @@ def _end_with_parent() -> None:
 def _run(job: Job) -> Sample:
     assert _bench is not None, "the worker was not started"
     return make_sample(_bench, job.task, job.context_length, job.index, job.calibration)
+
+
+def _submit(pool: ProcessPoolExecutor, job: Job) -> Future[Sample]:
+    """Give a job to the pool, which may start a worker: one that never hears of Ctrl-C.
+
+    That goes to the main process, which ends the workers.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(_run, job)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def make_samples(
@@ -97,7 +107,7 @@ def make_samples(
     try:
         waiting: deque[Future[Sample]] = deque()
         for job in jobs:
-            waiting.append(pool.submit(_run, job))
+            waiting.append(_submit(pool, job))
             if len(waiting) >= AHEAD * num_workers:
                 yield waiting.popleft().result()
         while waiting:
