@@ -10,7 +10,7 @@ from shadowkv_cli.console import notice, progress
 from shadowkv_cli.environment import capture
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.evaluate import check_tokenizer, data_notes, model_notes, tokenizer_of
-from shadowkv_cli.results import MANIFEST, RunFolder, read_run
+from shadowkv_cli.results import MANIFEST, RunFolder, check_place, read_run
 from shadowkv_cli.rowlog import Row
 from shadowkv_cli.run_config import BenchConfig, BenchSettings, ModelChoice
 from shadowkv_cli.tasks.rows import Dataset
@@ -91,7 +91,7 @@ def bench_identity(
 ) -> dict[str, Any]:
     """What must be equal for measurements to be compared."""
     return {
-        "model": model.name,
+        "model": model.label,
         "model_fingerprint": loaded.fingerprint,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": str(loaded.device),
@@ -109,6 +109,7 @@ def benchmark(config: BenchConfig) -> tuple[Path, int]:
     from shadowkv_cli.bench.throughput import make_cases
     from shadowkv_cli.model.loading import load_model
 
+    check_place(config.output)
     loaded = load_model(config.model)
     loaded.check(list(config.specs), max(config.settings.context_lengths))
     cases = make_cases(

@@ -12,7 +12,7 @@ from shadowkv_cli.config import MethodSpec
 from shadowkv_cli.console import notice, progress
 from shadowkv_cli.environment import capture
 from shadowkv_cli.errors import UsageError, unknown_name
-from shadowkv_cli.results import RunFolder, RunKind, done_cells
+from shadowkv_cli.results import MANIFEST, RunFolder, RunKind, check_place, done_cells, read_run
 from shadowkv_cli.run_config import EvalConfig, ModelChoice
 from shadowkv_cli.tasks.metrics import check_metric
 from shadowkv_cli.tasks.rows import Dataset, Sample
@@ -157,7 +157,7 @@ def data_notes(dataset: Dataset, loaded: LoadedModel) -> tuple[list[str], dict[s
 def run_identity(config: EvalConfig, loaded: LoadedModel, dataset: Dataset) -> dict[str, Any]:
     """What must be equal for rows to belong together."""
     return {
-        "model": config.model.name,
+        "model": config.model.label,
         "model_fingerprint": loaded.fingerprint,
         "revision": config.model.revision,
         "dtype": str(loaded.dtype).removeprefix("torch."),
@@ -196,6 +196,11 @@ def check_ready(config: EvalConfig) -> Ready:
     """
     from shadowkv_cli.model.loading import load_model
 
+    check_place(config.output)
+    if (config.output / MANIFEST).is_file() and not config.fresh:
+        check_settings(
+            read_run(config.output).manifest.get("scope", {}), config.specs, config.output
+        )
     dataset = Dataset.open(config.data)
     work = choose_samples(config, dataset)
     choice = config.model
@@ -210,12 +215,6 @@ def check_ready(config: EvalConfig) -> Ready:
 
 def open_run(config: EvalConfig, kind: RunKind, ready: Ready) -> RunFolder:
     """Create the run's folder or continue it, after checking that its settings are the same."""
-    from shadowkv_cli.results import read_run
-
-    if (config.output / "manifest.json").is_file() and not config.fresh:
-        check_settings(
-            read_run(config.output).manifest.get("scope", {}), config.specs, config.output
-        )
     dataset, loaded = ready.dataset, ready.loaded
     notes, flags = data_notes(dataset, loaded)
     if ready.tokenizer_differs:

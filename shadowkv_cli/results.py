@@ -292,6 +292,20 @@ def _refuse_foreign(path: Path) -> None:
         )
 
 
+def check_place(path: Path) -> None:
+    """Refuse a place that no run can be written to, before anything slow happens.
+
+    Raises UsageError: a file, a folder of somebody else's, or no permission to write.
+    """
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise UsageError(f"'{existing}' is a file: choose another --output.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"Cannot write to '{existing}': choose another --output.")
+    if existing == path:
+        _refuse_foreign(path)
+
+
 def _take_lock(path: Path) -> int:
     """Make the folder and lock it; returns the descriptor that holds the lock."""
     try:

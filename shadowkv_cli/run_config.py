@@ -29,6 +29,12 @@ class ModelChoice:
     trust_remote_code: bool = False
     offline: bool = False
 
+    @property
+    def label(self) -> str:
+        """The name for manifests: of a folder its last part, however its path was typed."""
+        folder = Path(self.name).expanduser()
+        return folder.resolve().name if folder.is_dir() else self.name
+
 
 @dataclass(frozen=True)
 class EvalConfig:

@@ -24,6 +24,8 @@ from shadowkv_cli.run_config import BenchSettings
 Row = dict[str, Any]
 T = TypeVar("T")
 
+MOST_ON_CPU = 64
+
 
 @dataclass(frozen=True)
 class Case:
@@ -37,12 +39,15 @@ class Case:
 
 
 def largest_batch(spec: MethodSpec, loaded: LoadedModel, tokens: int, new_tokens: int) -> int:
-    """Sequences whose cache fits beside the model, and on the host, by the method's bytes."""
+    """Sequences whose cache fits beside the model, and on the host, by the method's bytes.
+
+    On a CPU at most `MOST_ON_CPU`: a small model would fill the whole memory for no gain in speed.
+    """
     held = spec.cache_bytes(loaded.shape, tokens, new_tokens)
     fits = free_device_bytes(loaded.device) // held.device
     if held.host:
         fits = min(fits, free_host_bytes() // held.host)
-    return int(fits)
+    return int(min(fits, MOST_ON_CPU) if loaded.device.type == "cpu" else fits)
 
 
 def make_cases(

@@ -56,6 +56,16 @@ def installed(device: torch.device) -> list[str]:
     return ["cudnn", "flash", "efficient", *package, "math"]
 
 
+def check_installed(backend: str, device: torch.device) -> None:
+    """Raise UsageError for a backend that a device does not have; `auto` always passes."""
+    names = installed(device)
+    if backend != "auto" and backend not in names:
+        raise UsageError(
+            f"Attention backend '{backend}' is not available on {device}: "
+            f"choose from {', '.join(names)} or auto."
+        )
+
+
 def _time_s(attend: Attention, q: Tensor, k: Tensor, v: Tensor) -> float:
     """Seconds of one causal attention after a warm-up; infinite where the backend refuses it."""
     try:
@@ -89,18 +99,14 @@ def choose(
     Raises:
         UsageError: the backend is not installed or refuses the shape.
     """
-    names = installed(device)
-    if backend != "auto" and backend not in names:
-        raise UsageError(
-            f"Attention backend '{backend}' is not available on {device}: "
-            f"choose from {', '.join(names)} or auto."
-        )
+    check_installed(backend, device)
     if device.type == "cpu":
         return "flash" if backend == "auto" else backend
     q = torch.randn(1, heads[0], tokens, heads[2], device=device, dtype=dtype)
     k, v = (torch.randn(1, heads[1], tokens, heads[2], device=device, dtype=dtype) for _ in "kv")
     # `math` holds all scores at once: only when it is asked for.
-    tried = [n for n in names if n != "math"] if backend == "auto" else [backend]
+    fast = [name for name in installed(device) if name != "math"]
+    tried = fast if backend == "auto" else [backend]
     times = {name: _time_s(_attention(name), q, k, v) for name in tried}
     best = min(times, key=lambda name: times[name])
     if times[best] == float("inf"):

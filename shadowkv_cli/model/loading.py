@@ -15,6 +15,7 @@ from transformers import logging as transformers_logging
 from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec
 from shadowkv_cli.errors import ShadowKVError, UsageError
 from shadowkv_cli.model.demo import load_demo_model
+from shadowkv_cli.model.exact_attention import check_installed
 from shadowkv_cli.model.loading_errors import explained
 from shadowkv_cli.model.rotary import attention_modules, head_dim, is_interleaved
 from shadowkv_cli.model.suitability import probe_keys
@@ -182,6 +183,7 @@ def load_model(choice: ModelChoice) -> LoadedModel:
     name = choice.name
     where = resolve_device(choice.device)
     precision = resolve_dtype(choice.dtype, where)
+    check_installed(choice.backend, where)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     model: Any = (
