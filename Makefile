@@ -36,12 +36,12 @@ demo: ## Build data, evaluate, sweep and plot with the bundled model, on a CPU, 
 	@echo "ShadowKV, and with three controls that attend as little as ShadowKV does. Then a sweep shows what"
 	@echo "each ShadowKV setting costs in accuracy and buys in speed, as a table, a sentence and pictures."
 	@$(MAKE) --no-print-directory setup
-	$(SHADOWKV) build-data ruler --tokenizer demo --context-length 4k,8k --num-samples 4 \
+	$(SHADOWKV) build-data ruler --tokenizer demo --context-length 4k,8k --num-samples 5 \
 		--tasks niah_single_2,niah_multikey_1,vt --output $(DEMO_DATA)
 	$(SHADOWKV) eval --model demo --data $(DEMO_DATA) \
 		--method full,shadowkv,oracle,random,streaming --output $(DEMO_RUN)-eval
 	$(SHADOWKV) sweep --model demo --data $(DEMO_DATA) --context-length 4k \
-		--sparse-budget 32,64,256 --rank 16,64 --chunk-size 8,16 --decode-steps 24 \
+		--sparse-budget 32,128,512 --rank 16,64 --chunk-size 4,16 --decode-steps 24 \
 		--output $(DEMO_RUN)-sweep
 	@echo "Next: two landmarks a chunk at the same budget,"
 	@echo "  $(BIN)/shadowkv eval --model demo --data $(DEMO_DATA) --method full,shadowkv" \

@@ -70,7 +70,9 @@ def finding(
     others = sum(r.method == "shadowkv" and r.tested for r in averages)
     among = f" (chosen among {others} cells)" if others > 1 else ""
     kept = f"attending {cell.attended_tokens:,.0f} of {full.attended_tokens:,.0f} tokens"
-    verdict = "not established to differ" if cell.difference.high >= 0 else "below full attention"
+    verdict = "below full attention"
+    if cell.difference.high >= 0:
+        verdict = "which so many samples do not tell from none"
     gap, ours, theirs = _interval(cell.difference, sign="+"), cell.score, full.score
     return (
         f"Found: {cell.cell}{among}, {kept}, scores {_interval(ours)} against full attention's "
