@@ -72,7 +72,7 @@ def finding(
     kept = f"attending {cell.attended_tokens:,.0f} of {full.attended_tokens:,.0f} tokens"
     verdict = "below full attention"
     if cell.difference.high >= 0:
-        verdict = "which so many samples do not tell from none"
+        verdict = "which these samples do not tell from none"
     gap, ours, theirs = _interval(cell.difference, sign="+"), cell.score, full.score
     return (
         f"Found: {cell.cell}{among}, {kept}, scores {_interval(ours)} against full attention's "
