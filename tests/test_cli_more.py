@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,6 @@ from shadowkv_cli.console import column_blocks, fold_name, print_table
 from shadowkv_cli.errors import ShadowKVError, UsageError
 from shadowkv_cli.rowlog import write_failure
 from shadowkv_cli.tasks.row_file import lock_folder
-from shadowkv_cli.tasks.ruler.workers import _end_with_parent
 
 BUILD = "build-data ruler --tokenizer demo --tasks vt --num-samples 2 --context-length"
 
@@ -99,21 +97,22 @@ def test_a_run_is_no_dataset_and_a_dataset_no_run(ruler_folder, tmp_path, capsys
     assert "is not the manifest of a dataset" in only_line(capsys)
 
 
-def _parent(pipe) -> None:
-    child = get_context("spawn").Process(target=_end_with_parent)
-    child.start()
-    pipe.send(child.pid)
-    child.join()
+PARENT = """
+from multiprocessing import get_context
+from shadowkv_cli.tasks.ruler.workers import _end_with_parent
+
+child = get_context("spawn").Process(target=_end_with_parent)
+child.start()
+print(child.pid, flush=True)
+child.join()
+"""
 
 
 def test_workers_end_when_the_main_process_is_killed() -> None:
-    context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    parent = context.Process(target=_parent, args=(theirs,))
-    parent.start()
-    worker = ours.recv()
-    parent.kill()
-    parent.join()
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        parent.kill()
     status = Path(f"/proc/{worker}/stat")
     end = time.monotonic() + 20
     while status.exists() and status.read_text().split()[2] != "Z" and time.monotonic() < end:
