@@ -38,7 +38,7 @@ demo: ## Build data, evaluate, sweep and plot with the bundled model, on a CPU, 
 	@$(MAKE) --no-print-directory setup
 	$(SHADOWKV) build-data ruler --tokenizer demo --context-length 4k,8k --num-samples 5 \
 		--tasks niah_single_2,niah_multikey_1,vt --output $(DEMO_DATA)
-	$(SHADOWKV) eval --model demo --data $(DEMO_DATA) \
+	$(SHADOWKV) eval --model demo --data $(DEMO_DATA) --num-samples 3 \
 		--method full,shadowkv,oracle,random,streaming --output $(DEMO_RUN)-eval
 	$(SHADOWKV) sweep --model demo --data $(DEMO_DATA) --context-length 4k \
 		--sparse-budget 32,128,512 --rank 16,64 --chunk-size 4,16 --decode-steps 24 \
