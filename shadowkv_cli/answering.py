@@ -120,6 +120,7 @@ class Answerer:
         session.choose_backend()
         started = time.perf_counter()
         logits = session.prefill(ids, key=sample.id)
+        bucket = session.bucket  # before rows that have ended are left out
         first = logits.argmax(-1).expand(len(batch))
         first_token = int(first[0])  # waits for the device
         prefilled = time.perf_counter()
@@ -136,7 +137,7 @@ class Answerer:
                 "prompt_tokens": len(ids),
                 "hit_rate": audit.pop("hit_rate"),
                 "audit": audit,
-                "row_bucket": session.bucket,
+                "row_bucket": bucket,
                 "attention_backend": session.backend,
                 "prefill_s": round(prefilled - started, 6),
                 "decode_s": round(decode_s, 6),

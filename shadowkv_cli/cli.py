@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from shadowkv_cli import __version__
-from shadowkv_cli.commands import build_data
+from shadowkv_cli.commands import build_data, models
 from shadowkv_cli.commands.bench import bench
 from shadowkv_cli.commands.doctor import doctor
 from shadowkv_cli.commands.eval import eval_command
@@ -29,7 +29,7 @@ class InOrderOfUse(TyperGroup):
     """Lists the commands in the order in which they are used."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        order = ["build-data", "eval", "score", "bench", "sweep", "plot", "doctor"]
+        order = ["build-data", "eval", "score", "bench", "sweep", "plot", "models", "doctor"]
         return sorted(super().list_commands(ctx), key=order.index)
 
 
@@ -46,6 +46,7 @@ app.command(short_help="Score stored predictions again.")(score)
 app.command(short_help="Time the decoding of methods.")(bench)
 app.command(short_help="Accuracy and throughput of a grid of settings.")(sweep)
 app.command(short_help="Draw figures from the folders of runs.")(plot)
+app.add_typer(models.app, name="models", short_help="List known models; fetch one.")
 app.command()(doctor)
 
 RESUMABLE = {"build-data", "eval", "sweep", "bench"}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shadowkv_cli.catalogue.models import MODELS
 from shadowkv_cli.config import MethodSpec
 from shadowkv_cli.console import notice, progress
 from shadowkv_cli.environment import capture
@@ -20,7 +21,6 @@ from shadowkv_cli.tasks.rows import Dataset, Sample
 if TYPE_CHECKING:
     from shadowkv_cli.model.loading import LoadedModel
 
-TOY_NOTE = "The demo model is a toy: it shows how methods differ, not how good they are."
 RANDOM_NOTE = "RANDOM WEIGHTS: the model was never trained, so its scores mean nothing."
 
 
@@ -141,9 +141,10 @@ def _some(cells: set[str], most: int = 3) -> str:
 
 def model_notes(loaded: LoadedModel) -> tuple[list[str], dict[str, bool]]:
     """What a reader of any result of this model must be told, and the same as flags."""
-    toy = loaded.name == "demo"
-    notes = [RANDOM_NOTE] if loaded.random_weights else [TOY_NOTE] if toy else []
-    return notes, {"random_weights": loaded.random_weights, "toy_model": toy}
+    known = MODELS.get(loaded.name)
+    notes = [RANDOM_NOTE] if loaded.random_weights else []
+    notes += [known.note] if known is not None and known.note else []
+    return notes, {"random_weights": loaded.random_weights, "toy_model": loaded.name == "demo"}
 
 
 def data_notes(dataset: Dataset, loaded: LoadedModel) -> tuple[list[str], dict[str, bool]]:

@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from shadowkv_cli.config import MethodSpec, build_specs, grid, parse_lengths, split_list
+from shadowkv_cli.catalogue.places import without_hub
+from shadowkv_cli.cells import build_specs, grid, one_at_a_time
+from shadowkv_cli.config import MethodSpec, parse_lengths, split_list
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.options import (
     ConfigOption,
@@ -88,8 +90,9 @@ def given_lengths(values: Sequence[str] | None, option: str) -> tuple[int, ...]:
 
 
 def check_revision(name: str, revision: str | None) -> None:
-    """Raise UsageError for a revision of `demo` or of a folder, which have none."""
-    if revision is not None and (name == "demo" or Path(name).expanduser().is_dir()):
+    """Raise UsageError for a revision of what is not on the hub, which has none."""
+    local = without_hub(name) is not None or Path(name).expanduser().is_dir()
+    if revision is not None and local:
         raise UsageError(f"--revision has no effect: {name} is not on the hub.")
 
 
@@ -100,8 +103,9 @@ class ModelOptions:
     model: Annotated[
         str,
         typer.Option(
-            metavar="HUB_ID|PATH|demo",
-            help="A Hugging Face model, its folder, or `demo`, which comes along.",
+            metavar="HUB_ID|PATH|demo|smollm2",
+            help="A Hugging Face model, its folder, `demo`, which comes along, or `smollm2`, real "
+            "weights that need no hub.",
         ),
     ]
     dtype: Annotated[
@@ -190,8 +194,10 @@ class MethodOptions:
     ] = None
     key_buffer: Annotated[list[str] | None, _many("FACTOR", "The same for rebuilt keys")] = None
 
-    def specs(self) -> list[MethodSpec]:
+    def specs(self, *, star: bool = False) -> list[MethodSpec]:
         """Every combination of the settings given, applied to every method.
+
+        With `star`, settings vary one at a time around the first value of each.
 
         Raises UsageError for an unknown method or setting, or an impossible cell.
         """
@@ -204,7 +210,9 @@ class MethodOptions:
         if self.method is not None:
             given_names(self.method, "--method")
             methods = self.method
-        return grid(methods, axes) if axes else build_specs(methods, {})
+        if not axes:
+            return build_specs(methods, {})
+        return one_at_a_time(methods, axes) if star else grid(methods, axes)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from shadowkv_cli.cells import build_specs, grid
 from shadowkv_cli.config import (
     SPECS,
     FullSpec,
@@ -22,8 +23,6 @@ from shadowkv_cli.config import (
     SparseBudget,
     SparseSpec,
     StreamingSpec,
-    build_specs,
-    grid,
     parse_token_count,
     spec_fields,
     split_list,

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from shadowkv_cli.cells import build_specs
 from shadowkv_cli.cli import run
-from shadowkv_cli.config import FullSpec, build_specs
+from shadowkv_cli.config import FullSpec
 from shadowkv_cli.model.loading import LoadedModel, describe
 from shadowkv_cli.model.session import Session
 from shadowkv_cli.results import read_run

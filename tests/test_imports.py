@@ -14,10 +14,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "shadowkv_cli"
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "pandas", "scipy", "statsmodels")
 
 BASE = (
-    *("errors", "console", "config", "run_config", "environment"),
+    *("errors", "console", "config", "cells", "run_config", "environment"),
     *("rowlog", "stats", "results", "summary"),
 )
-LAYERS = (BASE, ("tasks", "ops"), ("methods",), ("model",), ("bench",))
+LAYERS = (BASE, ("catalogue",), ("tasks", "ops"), ("methods",), ("model",), ("bench",))
 RUNNER, COMMAND, ROOT = len(LAYERS), len(LAYERS) + 1, len(LAYERS) + 2
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 LAYER |= {"options": COMMAND, "option_groups": COMMAND, "commands": COMMAND, "cli": ROOT}

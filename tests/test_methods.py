@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from shadowkv_cli import ops
-from shadowkv_cli.config import SPECS, MethodSpec, ModelShape, build_specs, spec_fields
+from shadowkv_cli.cells import build_specs
+from shadowkv_cli.config import SPECS, MethodSpec, ModelShape, spec_fields
 from shadowkv_cli.methods import Group, Prompt, PromptStore, RotaryTables, Row, build_groups
 from shadowkv_cli.methods.low_rank import factorise
 

@@ -17,8 +17,9 @@ from shadowkv_cli.bench.throughput import (
     make_cases,
     run_cases,
 )
+from shadowkv_cli.cells import build_specs
 from shadowkv_cli.cli import run
-from shadowkv_cli.config import FullSpec, ShadowKVSpec, build_specs
+from shadowkv_cli.config import FullSpec, ShadowKVSpec
 from shadowkv_cli.errors import ShadowKVError, UsageError
 from shadowkv_cli.evaluate import Work, find_missing
 from shadowkv_cli.frontier import FrontierPoint, order_is_established

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from shadowkv_cli.config import FullSpec, build_specs
+from shadowkv_cli.cells import build_specs
+from shadowkv_cli.config import FullSpec
 from shadowkv_cli.model.loading import load_model
 from shadowkv_cli.model.rotary import compute_table, is_interleaved, rotary_module
 from shadowkv_cli.model.session import Session

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from shadowkv_cli.catalogue.places import DEMO_TOKENIZER_DIR
 from shadowkv_cli.cli import run
 from shadowkv_cli.tasks.rows import Dataset
 from shadowkv_cli.tasks.ruler.definitions import definitions
 from shadowkv_cli.tasks.tokenization import (
-    DEMO_TOKENIZER_DIR,
     encode_prompt,
     load_tokenizer,
     tokenizer_fingerprint,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shadowkv_cli.config import FullSpec, MethodSpec, build_specs
+from shadowkv_cli.cells import build_specs
+from shadowkv_cli.config import FullSpec, MethodSpec
 from shadowkv_cli.model.loading import LoadedModel
 from shadowkv_cli.model.session import Session
 from shadowkv_cli.testing import FAMILIES, tiny_model

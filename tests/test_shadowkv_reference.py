@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from shadowkv_cli.config import ModelShape, ShadowKVSpec, SparseBudget
-from shadowkv_cli.methods import Prompt, PromptStore, RotaryTables, Row, build_groups
+from shadowkv_cli.methods import Prompt, PromptStore, RotaryTables, Row
+from shadowkv_cli.methods.shadowkv import ShadowKVGroup
 from shadowkv_cli.model.loading import LoadedModel
 from shadowkv_cli.model.session import Session
 from shadowkv_cli.testing import tiny_model
@@ -285,8 +286,7 @@ def run_group(
         ropes[0].interleaved,
     )
     rows = [Row(spec, p) for p in range(len(layers)) for spec in specs]
-    [(places, group)] = build_groups(rows, store, steps)
-    assert places == list(range(len(rows)))
+    group = ShadowKVGroup(rows, store, steps)
     q_heads = shape.num_q_heads
     for p, (pre, values) in enumerate(layers):
         prompt = Prompt(p, pre.shape[1], str(p))

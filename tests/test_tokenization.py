@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shadowkv_cli.catalogue.places import DEMO_TOKENIZER_DIR
 from shadowkv_cli.demo.make_tokenizer import BOS, VOCABULARY_SIZE, write_tokenizer
 from shadowkv_cli.errors import ShadowKVError, UsageError
 from shadowkv_cli.tasks.ruler.words import common_word_pool
 from shadowkv_cli.tasks.tokenization import (
-    DEMO_TOKENIZER_DIR,
     UnitCounter,
     count_plain,
     encode_prompt,

@@ -36,7 +36,8 @@ def ruler(
     tokenizer: Annotated[
         str,
         typer.Option(
-            metavar="NAME|PATH|demo", help="Tokenizer of the model that will read the prompts."
+            metavar="NAME|PATH|demo|smollm2",
+            help="Tokenizer of the model that will read the prompts.",
         ),
     ],
     context_length: Annotated[
@@ -63,7 +64,7 @@ def ruler(
         Literal["hub", "synthetic"] | None,
         typer.Option(
             help="Essays and questions: from the hub, or written by this program without a "
-            "network. Default: hub; synthetic for the demo tokenizer."
+            "network. Default: hub; synthetic for demo and smollm2."
         ),
     ] = None,
     essays: Annotated[

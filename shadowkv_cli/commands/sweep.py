@@ -30,6 +30,14 @@ def sweep(
     data: DataOptions,
     methods: MethodOptions,
     timing: TimingOptions,
+    one_at_a_time: Annotated[
+        bool,
+        typer.Option(
+            "--one-at-a-time",
+            help="Vary one setting at a time, the others at the first value of their lists, "
+            "instead of every combination.",
+        ),
+    ] = False,
     no_throughput: Annotated[
         bool, typer.Option("--no-throughput", help="Measure accuracy only.")
     ] = False,
@@ -50,6 +58,8 @@ def sweep(
 ) -> None:
     """Measure accuracy and throughput of every combination of the settings given as lists.
 
+    With --one-at-a-time, one list varies while the others stay at their first value.
+
     All cells decode a sample together after one prefill; then each is timed alone. Full attention
     is always among them. A sweep that was stopped continues with the same command.
 
@@ -58,7 +68,7 @@ def sweep(
     from shadowkv_cli.reporting import report_run
     from shadowkv_cli.sweep import sweep as run_sweep
 
-    specs = methods.specs()
+    specs = methods.specs(star=one_at_a_time)
     if FullSpec() not in specs:
         specs.insert(0, FullSpec())
     settings = None

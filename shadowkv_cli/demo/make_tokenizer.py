@@ -16,11 +16,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from shadowkv_cli.catalogue.places import DEMO_TOKENIZER_DIR
 from shadowkv_cli.tasks.ruler.definitions import constants, definitions
 from shadowkv_cli.tasks.ruler.synthetic_prose import prose_sentences
 from shadowkv_cli.tasks.ruler.synthetic_qa import SyntheticQA
 from shadowkv_cli.tasks.ruler.words import common_word_pool, random_value, word_list
-from shadowkv_cli.tasks.tokenization import DEMO_TOKENIZER_DIR
 
 VOCABULARY_SIZE = 4096
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 
 from shadowkv_cli.config import MethodSpec, ShadowKVSpec, SparseSpec
-from shadowkv_cli.methods.base import Group, Row
+from shadowkv_cli.methods.base import Group, Row, as_index
 from shadowkv_cli.methods.store import Prompt, PromptStore, RotaryTables
 
 GROUPS: dict[str, tuple[str, str]] = {
@@ -34,11 +35,23 @@ def build_groups(
 ) -> list[tuple[list[int], Group]]:
     """Sort rows into groups of one layout each, or of one cell each if cells are not to be merged.
 
+    On a CPU a group's cells also select a similar number of chunks (within a factor of 4), since
+    all are padded to the largest; on a GPU the launches of one more group cost more than that.
+
     Returns the groups, each with the places of its rows in `rows`.
     """
+
+    def key(spec: MethodSpec) -> object:
+        if not merge_cells:
+            return spec
+        if isinstance(spec, SparseSpec) and store.device.type == "cpu":
+            chunks = spec.keeps(store.prompt_tokens).selected_chunks
+            return (*layout(spec), math.ceil(math.log(max(chunks, 1), 4)))
+        return layout(spec)
+
     places: dict[object, list[int]] = {}
     for place, row in enumerate(rows):
-        places.setdefault(layout(row.spec) if merge_cells else row.spec, []).append(place)
+        places.setdefault(key(row.spec), []).append(place)
     groups = []
     for of_group in places.values():
         module, name = GROUPS[rows[of_group[0]].spec.name]
@@ -54,6 +67,7 @@ __all__ = [
     "PromptStore",
     "RotaryTables",
     "Row",
+    "as_index",
     "build_groups",
     "layout",
 ]

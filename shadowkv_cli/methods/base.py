@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +21,14 @@ class Row:
 
     spec: MethodSpec
     prompt_index: int
+
+
+def as_index(places: Sequence[int], device: torch.device) -> slice | Tensor:
+    """Places in a batch: a slice, which copies nothing, where they are neighbours."""
+    first, last = places[0], places[-1]
+    if list(places) == list(range(first, last + 1)):
+        return slice(first, last + 1)
+    return torch.tensor(places, device=device)
 
 
 class Group(ABC):
@@ -49,6 +58,26 @@ class Group(ABC):
         self.seen = self.generated
         self.row_index = torch.arange(len(rows), device=device)
         self.used = 0
+
+    def subset(self, rows: Sequence[int]) -> Self:
+        """A group of some of the rows that goes on from where they stand.
+
+        For the rest of an answer: this group must not be stepped any more until its `reset`.
+        """
+        part = copy.copy(self)
+        part.rows = [self.rows[row] for row in rows]
+        index = as_index(rows, self.row_index.device)
+        part.prompt_index = self.prompt_index[index]
+        part.generated = self.generated[index]
+        part.counts = self.counts[index]
+        part.seen = part.generated
+        part.row_index = self.row_index[: len(rows)]
+        part.take_rows(rows, index)
+        return part
+
+    @abstractmethod
+    def take_rows(self, rows: Sequence[int], index: slice | Tensor) -> None:
+        """Keep of a method's own state what belongs to some of the rows, without changing it."""
 
     def rows_of(self, prompt_index: int) -> list[int]:
         """The group's rows that decode a prompt."""

@@ -22,6 +22,9 @@ class FullGroup(Group):
         assert len(set(prompts)) == len(prompts), "one row of full attention a prompt"
         self.prompt_lengths = torch.zeros_like(self.generated)
 
+    def take_rows(self, rows: Sequence[int], index: slice | Tensor) -> None:
+        self.prompt_lengths = self.prompt_lengths[index]
+
     def begin(self, prompt: Prompt) -> None:
         for row in self.rows_of(prompt.index):
             self.prompt_lengths[row] = prompt.tokens

@@ -32,6 +32,11 @@ class ShadowKVGroup(SparseGroup):
             for _ in range(self.shape.num_layers)
         ]
 
+    def take_rows(self, rows: Sequence[int], index: slice | Tensor) -> None:
+        super().take_rows(rows, index)
+        self.rank = self.rank[index]
+        self.excluded = [excluded[index] for excluded in self.excluded]
+
     def slots(self, spec: SparseSpec, kept: Kept) -> tuple[int, int]:
         assert isinstance(spec, ShadowKVSpec)
         return (

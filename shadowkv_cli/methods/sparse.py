@@ -35,6 +35,11 @@ class Residency:
 
         return cls(table(slots), table(slots), table(chunks))
 
+    def of_rows(self, index: slice | Tensor) -> Residency:
+        return Residency(
+            self.chunk_of_slot[index], self.last_used[index], self.slot_of_chunk[index]
+        )
+
     def clear(self, slots: Tensor) -> None:
         """Empty the buffer; row r may use the first slots[r] of it."""
         for table in (self.chunk_of_slot, self.last_used, self.slot_of_chunk):
@@ -94,6 +99,26 @@ class SparseGroup(Group):
         self.row_kept: list[Kept] = kept
         self.fetched = torch.zeros(new_tokens + 1, count, dtype=torch.int64, device=device)
         self.selected = torch.zeros_like(self.fetched)  # by step and row
+
+    def take_rows(self, rows: Sequence[int], index: slice | Tensor) -> None:
+        self.specs = [self.specs[row] for row in rows]
+        self.row_kept = [self.row_kept[row] for row in rows]
+        self.max_chunks = max(kept.selected_chunks for kept in self.row_kept)
+        self.keys = [keys[index] for keys in self.keys]
+        self.values = [values[index] for values in self.values]
+        self.key_tables = [table.of_rows(index) for table in self.key_tables]
+        self.value_tables = (
+            self.key_tables
+            if self.one_table
+            else [table.of_rows(index) for table in self.value_tables]
+        )
+        self.budget_chunks = self.budget_chunks[index]
+        self.num_chunks = self.num_chunks[index]
+        self.section_lengths = self.section_lengths[index]
+        self.key_slot_counts = self.key_slot_counts[index]
+        self.value_slot_counts = self.value_slot_counts[index]
+        self.fetched = self.fetched[:, index]
+        self.selected = self.selected[:, index]
 
     def kept(self, spec: SparseSpec, prompt_tokens: int) -> Kept:
         """What the method attends of a prompt; selected, outlier and local tokens."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-DEMO_MODEL_DIR = Path(__file__).resolve().parent.parent / "demo" / "model"
+from shadowkv_cli.catalogue.places import DEMO_MODEL_DIR
+
 DEMO_CONTEXT = 32_768
 """Ids that it is trained for, answers included; its recall beyond them was not measured."""
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
 
+from shadowkv_cli.catalogue.places import config_folder
 from shadowkv_cli.config import ModelShape
-from shadowkv_cli.model.demo import demo_config
 from shadowkv_cli.model.loading_errors import explained
 from shadowkv_cli.model.rotary import attention_modules, head_dim, rotary_module
 from shadowkv_cli.run_config import ModelChoice
@@ -41,28 +42,26 @@ class ModelFacts:
 
 
 def model_facts(choice: ModelChoice, dtype: torch.dtype) -> ModelFacts:
-    """Describe `demo`, a folder or a hub model by building it without memory (the meta device).
+    """Describe a model by building it without memory (the meta device).
 
     Raises:
         UsageError: a folder without a model, or an architecture that methods can't serve.
         ShadowKVError: the configuration is gated, not in reach or not readable.
     """
     transformers_logging.set_verbosity_error()
-    trust = choice.trust_remote_code
+    name, trust = choice.name, choice.trust_remote_code
+    if (ours := config_folder(name)) is not None:
+        choice = dataclasses.replace(choice, name=str(ours), revision=None)
     with explained(choice) as local:
-        config = (
-            _demo_config()
-            if choice.name == "demo"
-            else AutoConfig.from_pretrained(
-                choice.name,
-                revision=choice.revision or "main",
-                trust_remote_code=trust,
-                local_files_only=local,
-            )
+        config = AutoConfig.from_pretrained(
+            choice.name,
+            revision=choice.revision or "main",
+            trust_remote_code=trust,
+            local_files_only=local,
         )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
-    return _facts(model, choice.name, dtype)
+    return _facts(model, name, dtype)
 
 
 def _facts(model: PreTrainedModel, name: str, dtype: torch.dtype) -> ModelFacts:
@@ -86,13 +85,4 @@ def _facts(model: PreTrainedModel, name: str, dtype: torch.dtype) -> ModelFacts:
         ),
         max_positions=config.max_position_embeddings,
         weight_bytes=sum(p.nbytes for p in model.parameters()),
-    )
-
-
-def _demo_config() -> PreTrainedConfig:
-    from shadowkv_cli.tasks.tokenization import load_tokenizer
-
-    tokenizer = load_tokenizer("demo")
-    return demo_config(
-        len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -12,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
 
+from shadowkv_cli.catalogue.places import model_folder
 from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec
 from shadowkv_cli.errors import ShadowKVError, UsageError
-from shadowkv_cli.model.demo import load_demo_model
 from shadowkv_cli.model.exact_attention import check_installed
 from shadowkv_cli.model.loading_errors import explained
 from shadowkv_cli.model.rotary import attention_modules, head_dim, is_interleaved
@@ -86,6 +87,9 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _from_pretrained(choice: ModelChoice, dtype: torch.dtype) -> PreTrainedModel:
     """Load from the hub or a folder; every known way to fail becomes one line."""
+    ours = model_folder(choice.name, offline=choice.offline)
+    if ours is not None:
+        choice = dataclasses.replace(choice, name=str(ours), revision=None)
     trust = choice.trust_remote_code
     with explained(choice) as local:
         answer: Any = AutoModelForCausalLM.from_pretrained(
@@ -174,7 +178,7 @@ def describe(model: PreTrainedModel, name: str, *, random_weights: bool = False)
 
 
 def load_model(choice: ModelChoice) -> LoadedModel:
-    """Load `demo`, a folder or a hub model.
+    """Load a model that needs no hub, a folder or a hub model.
 
     Raises:
         UsageError: an unknown device or model, or an architecture that methods can't serve.
@@ -186,7 +190,5 @@ def load_model(choice: ModelChoice) -> LoadedModel:
     check_installed(choice.backend, where)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    model: Any = (
-        load_demo_model(precision) if name == "demo" else _from_pretrained(choice, precision)
-    )
+    model: Any = _from_pretrained(choice, precision)
     return describe(model.to(where), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
@@ -11,7 +12,15 @@ from torch import Tensor
 
 from shadowkv_cli.config import MethodSpec, ShadowKVSpec
 from shadowkv_cli.errors import ShadowKVError
-from shadowkv_cli.methods import Group, Prompt, PromptStore, RotaryTables, Row, build_groups
+from shadowkv_cli.methods import (
+    Group,
+    Prompt,
+    PromptStore,
+    RotaryTables,
+    Row,
+    as_index,
+    build_groups,
+)
 from shadowkv_cli.model import exact_attention
 from shadowkv_cli.model.forward import last_logits
 from shadowkv_cli.model.loading import LoadedModel
@@ -44,20 +53,9 @@ def _specs_of(group: Group, rows: Iterable[int]) -> list[MethodSpec]:
     return [group.rows[row].spec for row in rows]
 
 
-def _as_index(places: Sequence[int], device: torch.device) -> slice | Tensor:
-    """A group's rows in the batch: a slice, which copies nothing, where they are neighbours."""
-    first, last = places[0], places[-1]
-    if list(places) == list(range(first, last + 1)):
-        return slice(first, last + 1)
-    return torch.tensor(places, device=device)
-
-
 def row_bucket(rows: int) -> int:
-    """Rows that a batch is padded to: 8, 16, 32, …"""
-    size = ROW_BUCKET
-    while size < rows:
-        size *= 2
-    return size
+    """Rows that a batch is padded to: 8, 16, 24, …"""
+    return math.ceil(rows / ROW_BUCKET) * ROW_BUCKET
 
 
 class Session:
@@ -93,10 +91,8 @@ class Session:
         )
         rows = [Row(spec, p) for p in range(num_prompts) for spec in specs]
         self.groups = build_groups(rows, self.store, new_tokens, merge_cells=merge_cells)
-        self.decoding: list[tuple[list[int], Group]] = self.groups
-        self.num_rows = len(rows)
-        self.bucket = row_bucket(self.num_rows)
-        self.row_prompt = torch.tensor([row.prompt_index for row in rows], device=loaded.device)
+        self._holders: dict[int, tuple[Group, int]] = {}
+        self._decode_all(self.groups)
         self.lengths = torch.zeros(num_prompts, dtype=torch.long, device=loaded.device)
         self.backend_asked, self.backend = backend, ""
         self.context_tokens = 0  # of the longest row, the token that is being run included
@@ -104,24 +100,55 @@ class Session:
         self.longest = 0  # prompt, in tokens
         self.used = 0  # places behind the prompts, of the row that has most
         self._prompt: Prompt | None = None  # the one that is being prefilled
-        self._row_places = [_as_index(places, loaded.device) for places, _ in self.groups]
         self._tables: dict[tuple[float, ...], int] = {}
 
     def focus(self, spec: MethodSpec) -> None:
         """Decode one cell alone from now on, unpadded; needs a session that merges no cells."""
         group = next(group for _, group in self.groups if group.rows[0].spec == spec)
-        self.num_rows = self.bucket = len(group.rows)
-        assert self.num_rows == self.num_prompts, "the cells of this session are merged"
-        self.decoding = [(list(range(self.num_rows)), group)]
-        self.row_prompt = group.prompt_index.long()
-        self._row_places = [slice(0, self.num_rows)]
+        assert len(group.rows) == self.num_prompts, "the cells of this session are merged"
+        self._decode_all([(list(range(self.num_prompts)), group)], padded=False)
         self.reset()
+
+    def _decode_all(self, parts: Sequence[tuple[list[int], Group]], *, padded: bool = True) -> None:
+        """Decode these groups after every `reset`, each with the rows of the session it holds."""
+        self._all_parts, self._padded = list(parts), padded
+        self._decode(self._all_parts)
+
+    def _decode(self, parts: Sequence[tuple[list[int], Group]]) -> None:
+        """Decode these groups from now on; their rows, in order, are the batch."""
+        self._parts = list(parts)
+        prompts: dict[int, int] = {}
+        for rows, group in parts:
+            for index, row in enumerate(rows):
+                self._holders[row] = (group, index)
+                prompts[row] = group.rows[index].prompt_index
+        self.batch = sorted(prompts)
+        place = {row: i for i, row in enumerate(self.batch)}
+        device = self.loaded.device
+        self.decoding = [([place[row] for row in rows], group) for rows, group in parts]
+        self._row_places = [as_index(places, device) for places, _ in self.decoding]
+        self.num_rows = len(self.batch)
+        self.bucket = row_bucket(self.num_rows) if self._padded else self.num_rows
+        self.row_prompt = torch.tensor([prompts[row] for row in self.batch], device=device)
+
+    def _leave_out(self, open_rows: set[int]) -> None:
+        """Go on without groups whose rows have all ended, and with half of those half ended."""
+        parts: list[tuple[list[int], Group]] = []
+        for rows, group in self._parts:
+            still = [index for index, row in enumerate(rows) if row in open_rows]
+            if len(still) > len(rows) // 2:
+                parts.append((rows, group))
+            elif still:
+                parts.append(([rows[index] for index in still], group.subset(still)))
+        if parts != self._parts:
+            self._decode(parts)
 
     def set_prompt(self, prompt: Prompt) -> None:
         """Take note of a prompt's length, give it a rotary table, and let the methods get ready."""
         self.lengths[prompt.index] = prompt.tokens
         self.longest = max(self.longest, prompt.tokens) if self.num_prompts > 1 else prompt.tokens
         self.used = 0
+        self._decode(self._all_parts)
         self._ensure_table(prompt)
         for _, group in self.groups:
             group.begin(prompt)
@@ -255,6 +282,7 @@ class Session:
     def reset(self) -> None:
         """Back to the end of the prefill."""
         self.used = 0
+        self._decode(self._all_parts)
         for _, group in self.groups:
             group.reset()
 
@@ -262,6 +290,9 @@ class Session:
         self, first: Tensor, max_new_tokens: Sequence[int], eos_ids: frozenset[int]
     ) -> list[list[int]]:
         """Decode greedily until every row has ended.
+
+        On a CPU, rows that have ended are left out of the batch as it goes on (its products are
+        then rounded differently, by float32's precision); on a GPU the batch keeps its shape.
 
         Args:
             first: int64 [R], the first answer token of each row, from the prefill.
@@ -273,17 +304,22 @@ class Session:
         """
         answers: list[list[int]] = [[] for _ in range(self.num_rows)]
         open_rows = set(range(self.num_rows))
-        tokens = first
+        tokens = first.tolist()
+        shrinks = self.loaded.device.type == "cpu"
         with self.attached():
             while True:
-                for row, token in enumerate(tokens.tolist()):
-                    if row in open_rows:
-                        answers[row].append(token)
-                        if token in eos_ids or len(answers[row]) >= max_new_tokens[row]:
-                            open_rows.discard(row)
+                last = dict(zip(self.batch, tokens, strict=True))
+                for row in open_rows & last.keys():
+                    answers[row].append(last[row])
+                    if last[row] in eos_ids or len(answers[row]) >= max_new_tokens[row]:
+                        open_rows.discard(row)
                 if not open_rows:
                     return answers
-                tokens = self.decode_step(tokens).argmax(-1)
+                if shrinks:
+                    self._leave_out(open_rows)
+                batch = [last[row] for row in self.batch]
+                step = self.decode_step(torch.tensor(batch, device=first.device))
+                tokens = step.argmax(-1).tolist()
 
     def attached(self) -> AbstractContextManager[None]:
         """Serve the model's attention for a while; every forward does so by itself, at a cost."""
@@ -291,7 +327,5 @@ class Session:
 
     def audit(self, row: int, generated_tokens: int) -> dict[str, Any]:
         """The budget audit of a row, see `Group.audit`."""
-        for places, group in self.decoding:
-            if row in places:
-                return group.audit(places.index(row), generated_tokens)
-        raise IndexError(row)
+        group, index = self._holders[row]
+        return group.audit(index, generated_tokens)

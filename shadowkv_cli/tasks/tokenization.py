@@ -10,11 +10,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from shadowkv_cli.catalogue.places import tokenizer_folder
 from shadowkv_cli.errors import ShadowKVError, UsageError
 from shadowkv_cli.tasks.hub import hub_access
 
 DEMO = "demo"
-DEMO_TOKENIZER_DIR = Path(__file__).resolve().parent.parent / "demo" / "tokenizer"
 _PROBES = (
     "The special magic number for inquisitive-harbour mentioned in the text is 4072913.",
     " 1. alpha 2. beta\n\n\tindented;  two spaces, e\u0301\u00e9 \u4e2d\u6587 \U0001f600 "
@@ -33,23 +33,24 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     offline: bool = False,
 ) -> Any:
-    """Load a tokenizer by hub name, from a folder, or `demo`, the one that comes along.
+    """Load a tokenizer by hub name, from a folder, or that of a model that needs no hub.
 
     Raises ShadowKVError with the way out when it is gated, missing or not reachable.
     """
     from transformers import AutoTokenizer
 
-    path = str(DEMO_TOKENIZER_DIR) if name == DEMO else name
-    if name != DEMO and name.startswith(("/", "./", "../", "~")):
+    ours = tokenizer_folder(name, offline=offline)
+    path = name if ours is None else str(ours)
+    if ours is None and name.startswith(("/", "./", "../", "~")):
         path = str(Path(name).expanduser())
         if not Path(path).is_dir():
             raise UsageError(f"No tokenizer folder {name}.")
-    local = name == DEMO or Path(path).is_dir()
+    local = Path(path).is_dir()
     with hub_access(offline or local) as reachable:
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 path,
-                revision=None if name == DEMO else revision,
+                revision=revision if ours is None else None,
                 trust_remote_code=trust_remote_code,
                 local_files_only=not reachable,
             )
@@ -73,7 +74,7 @@ def _load_error(name: str, offline: bool, reachable: bool, error: Exception) -> 
     if not reachable:
         return ShadowKVError(
             f"The hub cannot be reached for the tokenizer {name}, and it is not on this machine: "
-            "check the network, give a local folder, or use the bundled `demo`."
+            "check the network, give a local folder, or use `demo` or `smollm2`, which need no hub."
         )
     if "gated" in lowered or "401" in lowered or "403" in lowered:
         return ShadowKVError(

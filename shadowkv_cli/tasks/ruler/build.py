@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from shadowkv_cli.catalogue.places import without_hub
 from shadowkv_cli.console import progress
 from shadowkv_cli.errors import ShadowKVError, UsageError
 from shadowkv_cli.tasks.row_file import RowWriter, continue_rows, lock_folder
@@ -29,7 +30,7 @@ from shadowkv_cli.tasks.ruler.sources import SourceKind, load_sources, source_ch
 from shadowkv_cli.tasks.ruler.words import wonderwords_version
 from shadowkv_cli.tasks.ruler.workers import Job, TokenizerName, make_samples
 from shadowkv_cli.tasks.ruler.wrappers import AUTO, check_template_name, resolve_wrapper
-from shadowkv_cli.tasks.tokenization import DEMO, tokenizer_fingerprint
+from shadowkv_cli.tasks.tokenization import tokenizer_fingerprint
 
 TOKENS_WORTH_WORKERS = 5_000_000
 """Below this many tokens one process is done before others have started."""
@@ -93,7 +94,7 @@ class RulerConfig:
     def source_kind(self) -> SourceKind:
         if self.sources is not None:
             return self.sources
-        return "synthetic" if self.tokenizer == DEMO else "hub"
+        return "hub" if without_hub(self.tokenizer) is None else "synthetic"
 
 
 @dataclass(frozen=True)
