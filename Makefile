@@ -50,10 +50,12 @@ demo: ## Build data, evaluate, sweep and plot with the bundled model, on a CPU, 
 	@$(SHADOWKV) plot $(DEMO_RUN)-sweep 2>/dev/null
 	@$(SHADOWKV) plot $(DEMO_RUN)-eval 2>/dev/null
 
-train-demo: setup ## Train the bundled model again: a GPU, about 20 minutes
+train-demo: setup ## Train the bundled model again: a GPU, about 25 minutes
 	$(SHADOWKV) build-data ruler --tokenizer demo --context-length 4k,8k,16k,32k --num-samples 100 \
 		--seed 7 --output datasets/demo-held-out
-	$(BIN)/python -m shadowkv_cli.train_demo --minutes 13.6 --output results/train-demo \
+	$(BIN)/python -m shadowkv_cli.train_demo --workers 11 --output results/train-demo/first
+	$(BIN)/python -m shadowkv_cli.train_demo --continue-from results/train-demo/first \
+		--seed 20261125 --workers 11 --output results/train-demo/continued \
 		--held-out datasets/demo-held-out
 
 test: setup ## Run the fast tests

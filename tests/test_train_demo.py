@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shadowkv_cli.model.demo import DEMO_MODEL_DIR, demo_config, load_demo_model
+from shadowkv_cli.catalogue.places import DEMO_MODEL_DIR
+from shadowkv_cli.model.demo import demo_config, load_demo_model
 from shadowkv_cli.tasks.metrics import score
 from shadowkv_cli.tasks.ruler.definitions import constants, definitions
 from shadowkv_cli.tasks.ruler.draws import Workbench
@@ -22,7 +23,9 @@ from shadowkv_cli.tasks.tokenization import encode_prompt, load_tokenizer
 from shadowkv_cli.train_demo.batches import Job, make_batch, make_row
 from shadowkv_cli.train_demo.chains import EXAMPLE_LINES
 from shadowkv_cli.train_demo.curriculum import (
+    CONTINUED,
     EXACT_LENGTHS,
+    LONG_LENGTH,
     MIN_LENGTHS,
     NEEDLES,
     PAIRS,
@@ -31,7 +34,7 @@ from shadowkv_cli.train_demo.curriculum import (
     TASK_WEIGHTS,
     TINY,
 )
-from shadowkv_cli.train_demo.heldout import answer
+from shadowkv_cli.train_demo.heldout import answer, encode_prompts
 from shadowkv_cli.train_demo.network import Network, new_model
 from shadowkv_cli.train_demo.pieces import HELD_OUT_SENTENCES, Pieces
 from shadowkv_cli.train_demo.prefetch import Prefetch
@@ -144,7 +147,7 @@ def test_labels_cover_the_answers_and_every_row_weighs_the_same():
     assert max(batch.groups) + 1 == len(batch.group_tasks)
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+@pytest.mark.parametrize("stage", [*STAGES, *CONTINUED], ids=lambda stage: stage.name)
 def test_every_stage_can_make_its_batches(stage):
     for length, _ in stage.lengths:
         mix = tuple((task, 1.0) for task in stage.tasks(length)) or ((REPEATS, 1.0), (PAIRS, 1.0))
@@ -152,6 +155,15 @@ def test_every_stage_can_make_its_batches(stage):
         batch = make_batch(pieces(), Job(1, 0, rows, length, mix, stage.exact, stage.gap))
         assert batch.ids.shape == (rows, length)
         assert (batch.targets % length > 0).all(), "a BOS cannot be predicted"
+
+
+def test_trained_weights_see_more_of_what_is_hard_in_long_rows_only():
+    (stage,) = CONTINUED
+    assert set(stage.factors) <= set(TASK_WEIGHTS)
+    for task, weight in TASK_WEIGHTS.items():
+        assert stage.weight(task, LONG_LENGTH - 1) == weight
+        assert stage.weight(task, LONG_LENGTH) == weight * stage.factors.get(task, 1)
+        assert STAGES[-1].weight(task, LONG_LENGTH) == weight
 
 
 def test_a_batch_depends_on_its_job_only():
@@ -189,14 +201,26 @@ def test_prose_that_the_tasks_read_is_not_trained_on():
     assert not read & set(sentences)
 
 
-def test_the_solved_example_of_variable_tracking_is_no_shorter_than_the_generators():
+def test_the_solved_example_of_variable_tracking_is_as_long_as_the_generators():
     sources = load_sources(["vt"], "synthetic")
     draw = make_draw(
         Workbench(tokenizer(), resolve_wrapper("auto", tokenizer()), sources, 1), "vt", 4096, 0
     )
     lines = draw.example.count(constants()["noise"])
-    assert lines == draw.bench.example_lines
-    assert lines <= EXAMPLE_LINES
+    assert lines == draw.bench.example_lines == EXAMPLE_LINES
+
+
+def test_prompts_are_encoded_together_as_one_by_one():
+    texts = ["What is it?", "VAR ABC = 12345\n", ""]
+    assert encode_prompts(tokenizer(), texts) == [encode_prompt(tokenizer(), t) for t in texts]
+
+
+def test_rates_of_trained_weights_fall_from_the_start(tmp_path):
+    for begin, wanted in ((0.5, 1.0), (0.0, 0.515)):
+        settings_ = Settings(seed=1, output=tmp_path, steps=1000, decay_from=begin)
+        trainer = Trainer(model(), CONTINUED, settings_)
+        trainer.progress.step = 500
+        assert trainer.rate() == pytest.approx(wanted), begin
 
 
 def test_the_fast_forward_pass_is_the_models_own():

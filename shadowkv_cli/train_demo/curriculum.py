@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 REPEATS, PAIRS = "repeats", "pairs"
 NEEDLES = (
@@ -33,6 +33,8 @@ TASK_WEIGHTS = {
     "qa_1": 0.6,
     "qa_2": 0.3,
 }
+LONG_LENGTH = 16_384
+"""Rows of that length and longer are long."""
 MIN_LENGTHS = {
     "niah_single_3": 256,
     "niah_multikey_2": 256,
@@ -61,6 +63,7 @@ class Stage:
         gap: for pairs.
         enough: exact match (of tokens, where there are repeats only) that ends the stage.
         share: of all training time, at most.
+        factors: a task's weight is so many times as large in long rows; 1 where none is named.
     """
 
     name: str
@@ -72,12 +75,18 @@ class Stage:
     gap: int
     enough: float
     share: float
+    factors: dict[str, float] = field(default_factory=dict)
 
     def tasks(self, length: int) -> list[str]:
         """The tasks that rows of that length can hold."""
         if self.repeats + self.pairs >= 1:
             return []
         return [name for name in TASK_WEIGHTS if MIN_LENGTHS.get(name, 256) <= length]
+
+    def weight(self, task: str, length: int) -> float:
+        """Weight of a task among those that rows of that length can hold."""
+        factor = self.factors.get(task, 1.0) if length >= LONG_LENGTH else 1.0
+        return TASK_WEIGHTS[task] * factor
 
 
 STAGES = (
@@ -109,6 +118,23 @@ STAGES = (
         1.0,
     ),
 )
+
+CONTINUED = (
+    replace(
+        STAGES[-1],
+        name="32k again",
+        lengths=((1024, 0.3), (2048, 0.3), (4096, 0.8), (8192, 0.9), (16_384, 1.6), (32_768, 3.0)),
+        factors={
+            "niah_single_2": 1.5,
+            "niah_multikey_2": 1.5,
+            "niah_multikey_3": 2.5,
+            "niah_multiquery": 1.5,
+            "qa_1": 0.5,
+            "qa_2": 0.5,
+        },
+    ),
+)
+"""For trained weights: more of what is learned last in long rows."""
 
 TINY = (
     Stage("repeats", 512, ((256, 1.0),), 1.0, 0.0, 0.0, 0, 0.9, 0.3),

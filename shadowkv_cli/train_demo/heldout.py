@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from shadowkv_cli.tasks.metrics import score
 from shadowkv_cli.tasks.rows import Dataset, Sample
-from shadowkv_cli.tasks.tokenization import encode_prompt
+from shadowkv_cli.tasks.tokenization import special_prefix
 from shadowkv_cli.train_demo.network import Cache, Network
 
 TOKENS_AT_ONCE = 1 << 20
@@ -48,6 +49,13 @@ def answer(network: Network, prompts: Sequence[list[int]], most: int, eos: int) 
     return [row[: row.index(eos)] if eos in row else row for row in columns]
 
 
+def encode_prompts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """What `encode_prompt` makes of each text that spells no special token, on all cores."""
+    prefix = special_prefix(tokenizer)
+    encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [[*prefix, *encoding.ids] for encoding in encodings]
+
+
 def _groups(samples: list[Sample], context_length: int) -> Iterator[list[Sample]]:
     size = max(TOKENS_AT_ONCE // context_length, 1)
     for start in range(0, len(samples), size):
@@ -59,12 +67,13 @@ def held_out_scores(
 ) -> list[dict[str, Any]]:
     """Mean score in percent of every task and length."""
     results = []
-    for length in data.context_lengths:
-        for task in data.tasks:
+    for task in data.tasks:
+        for length in data.context_lengths:
+            started = time.perf_counter()
             samples = data.samples(length, task, limit)
             scores = []
             for group in _groups(samples, length):
-                prompts = [encode_prompt(tokenizer, sample.text) for sample in group]
+                prompts = encode_prompts(tokenizer, [sample.text for sample in group])
                 most = group[0].max_new_tokens
                 for sample, ids in zip(
                     group, answer(network, prompts, most, tokenizer.eos_token_id), strict=True
@@ -74,5 +83,6 @@ def held_out_scores(
             results.append(
                 {"context_length": length, "task": task, "n": len(scores), "score": round(mean, 2)}
             )
-            report(f"{length} {task}: {mean:.1f} of {len(scores)}")
+            seconds = time.perf_counter() - started
+            report(f"{length} {task}: {mean:.2f} of {len(scores)}, {seconds:.1f} s")
     return results

@@ -12,6 +12,8 @@ from shadowkv_cli.train_demo.pieces import Ids, Pieces
 
 MAX_NEEDLES = 48
 MAX_QUESTIONS = 16
+IDS_A_QUESTION = 1024
+"""A dense row asks up to 16 questions, or one for each so many of its ids where that is more."""
 NEEDLE_SHARE, QUESTION_SHARE = 0.3, 0.5
 """Shares of a dense row that its needles and its questions take at most."""
 
@@ -87,7 +89,8 @@ def needle_row(desk: Desk, request: Request) -> Row:
         most = min(int(NEEDLE_SHARE * request.length / each), MAX_NEEDLES)
         num_keys = rng.randint(1, max(most, 1))
         each = len(words.asking) + 2 * len(one.key) + len(one.value)
-        most = min(int(QUESTION_SHARE * request.length / each), MAX_QUESTIONS)
+        limit = max(MAX_QUESTIONS, request.length // IDS_A_QUESTION)
+        most = min(int(QUESTION_SHARE * request.length / each), limit)
         num_questions = min(num_keys, max(most, 1))
     needles = []
     for number in range(num_keys):

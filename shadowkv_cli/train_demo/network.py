@@ -15,8 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""The first that can be used is used."""
 LOOK_BACK = (1, 2, 3, None)
 """How far each KV head of the first layer looks back at the start of training; one is free."""
 CONSTANT, SHARPNESS, FREQUENCIES = 4.0, 4.0, 6
@@ -137,6 +140,8 @@ class Network:
         if compiled:
             self._project = torch.compile(project, dynamic=False)
             self._combine = torch.compile(combine, dynamic=False)
+        # Like compiling, cuDNN takes time for each new shape, and is the fastest after that.
+        self._attention = [SDPBackend.CUDNN_ATTENTION, *ATTENTION] if compiled else ATTENTION
         self._tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def _table(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
@@ -179,7 +184,8 @@ class Network:
             if caches is not None:
                 caches[number].keys[:, :, :length] = k
                 caches[number].values[:, :, :length] = v
-            found = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            with sdpa_kernel(self._attention, set_priority=True):
+                found = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             found = found.transpose(1, 2).reshape(rows * length, -1)
             x = self._combine(
                 x,

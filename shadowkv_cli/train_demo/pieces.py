@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from shadowkv_cli.catalogue.places import DEMO_TOKENIZER_DIR
 from shadowkv_cli.tasks.ruler.synthetic_prose import prose_sentences
 from shadowkv_cli.tasks.ruler.synthetic_qa import SyntheticQA
 from shadowkv_cli.tasks.ruler.words import random_value
-from shadowkv_cli.catalogue.places import DEMO_TOKENIZER_DIR
 
 Ids = list[int]
 

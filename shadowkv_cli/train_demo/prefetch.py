@@ -47,6 +47,14 @@ class Prefetch:
         self._pieces = None if workers else Pieces()
         self._waiting: deque[tuple[Job, Future[Batch]]] = deque()
         self._ahead = AHEAD_PER_WORKER * workers
+        if self._pool:
+            self._fill(self._pool)  # so that the workers start now
+
+    def _fill(self, pool: ProcessPoolExecutor) -> None:
+        while len(self._waiting) < self._ahead:
+            job = self._job_for(self._next)
+            self._waiting.append((job, pool.submit(_run, job)))
+            self._next += 1
 
     def next(self) -> tuple[Job, Batch]:
         """The next step's job and batch."""
@@ -55,10 +63,7 @@ class Prefetch:
             job = self._job_for(self._next)
             self._next += 1
             return job, make_batch(self._pieces, job)
-        while len(self._waiting) < self._ahead:
-            job = self._job_for(self._next)
-            self._waiting.append((job, self._pool.submit(_run, job)))
-            self._next += 1
+        self._fill(self._pool)
         job, future = self._waiting.popleft()
         return job, future.result()
 

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 from shadowkv_cli.console import notice
 from shadowkv_cli.train_demo.batches import Batch, Job
-from shadowkv_cli.train_demo.curriculum import GATES, PAIRS, REPEATS, TASK_WEIGHTS, Stage
+from shadowkv_cli.train_demo.curriculum import GATES, PAIRS, REPEATS, Stage
 from shadowkv_cli.train_demo.network import Network
 from shadowkv_cli.train_demo.optimizer import Muon, split_parameters
 from shadowkv_cli.train_demo.prefetch import Prefetch
@@ -48,6 +48,8 @@ class Settings:
         steps: the same in steps.
         pause: seconds (or steps) after which this call stops; the next one goes on.
         workers: processes that make batches; 0 for this one.
+        rate: share of the full learning rates.
+        decay_from: share of the time up to which the rates are constant.
     """
 
     seed: int
@@ -56,6 +58,8 @@ class Settings:
     steps: int | None = None
     pause: float | None = None
     workers: int = 0
+    rate: float = 1.0
+    decay_from: float = DECAY_FROM
 
 
 @dataclass
@@ -126,7 +130,7 @@ class Trainer:
         length = rng.choices(lengths, shares)[0]
         tasks = stage.tasks(length)
         weights = {
-            task: TASK_WEIGHTS[task]
+            task: stage.weight(task, length)
             * (EASY_SHARE + 1 - round(self.progress.exact_match.get(task, 0.0), STAGE_DECIMALS))
             for task in tasks
         }
@@ -182,10 +186,12 @@ class Trainer:
         self.save(self.settings.output / CHECKPOINT)
         return self.share_done() >= 1
 
-    def _rate(self) -> float:
+    def rate(self) -> float:
+        """Share of the full learning rates for the next step."""
         done = self.share_done()
-        fall = 1 - (1 - LAST_RATE) * max(done - DECAY_FROM, 0) / (1 - DECAY_FROM)
-        return min(1.0, (self.progress.step + 1) / WARM_UP_STEPS) * fall
+        begin = self.settings.decay_from
+        fall = 1 - (1 - LAST_RATE) * max(done - begin, 0) / (1 - begin)
+        return self.settings.rate * min(1.0, (self.progress.step + 1) / WARM_UP_STEPS) * fall
 
     def _step(self, job: Job, batch: Batch) -> torch.Tensor:
         ids, targets = self._move(batch.ids), self._move(batch.targets)
@@ -199,7 +205,7 @@ class Trainer:
             parameter.grad = None
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        rate = self._rate()
+        rate = self.rate()
         for group in self.adam.param_groups:
             group["lr"] = OTHER_RATE * rate
         self.adam.step()
