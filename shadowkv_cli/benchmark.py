@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowkv_cli.console import notice, progress
-from shadowkv_cli.environment import capture
 from shadowkv_cli.errors import UsageError
-from shadowkv_cli.evaluate import check_tokenizer, data_notes, model_notes, tokenizer_of
+from shadowkv_cli.evaluate import (
+    check_tokenizer,
+    data_notes,
+    environment_of,
+    model_notes,
+    tokenizer_of,
+)
 from shadowkv_cli.results import MANIFEST, RunFolder, check_place, read_run
 from shadowkv_cli.rowlog import Row
 from shadowkv_cli.run_config import BenchConfig, BenchSettings, ModelChoice
@@ -134,7 +139,7 @@ def benchmark(config: BenchConfig) -> tuple[Path, int]:
             "batch_rules": list(config.settings.batch_rules),
             "rounds": config.settings.rounds,
         },
-        environment=capture(str(loaded.device)),
+        environment=environment_of(loaded),
         command=config.command,
         notes=notes,
         flags=flags,

@@ -20,6 +20,7 @@ from shadowkv_cli.commands.doctor import doctor
 from shadowkv_cli.commands.eval import eval_command
 from shadowkv_cli.commands.plot import plot
 from shadowkv_cli.commands.score import score
+from shadowkv_cli.commands.spectrum import spectrum
 from shadowkv_cli.commands.sweep import sweep
 from shadowkv_cli.console import notice
 from shadowkv_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, ShadowKVError
@@ -29,7 +30,8 @@ class InOrderOfUse(TyperGroup):
     """Lists the commands in the order in which they are used."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        order = ["build-data", "eval", "score", "bench", "sweep", "plot", "models", "doctor"]
+        order = ["build-data", "eval", "score", "bench", "sweep", "plot"]
+        order += ["spectrum", "models", "doctor"]
         return sorted(super().list_commands(ctx), key=order.index)
 
 
@@ -46,6 +48,7 @@ app.command(short_help="Score stored predictions again.")(score)
 app.command(short_help="Time the decoding of methods.")(bench)
 app.command(short_help="Accuracy and throughput of a grid of settings.")(sweep)
 app.command(short_help="Draw figures from the folders of runs.")(plot)
+app.command(short_help="Energy of the keys that each rank keeps.")(spectrum)
 app.add_typer(models.app, name="models", short_help="List known models; fetch one.")
 app.command()(doctor)
 

@@ -147,6 +147,19 @@ def model_notes(loaded: LoadedModel) -> tuple[list[str], dict[str, bool]]:
     return notes, {"random_weights": loaded.random_weights, "toy_model": loaded.name == "demo"}
 
 
+def environment_of(loaded: LoadedModel) -> dict[str, Any]:
+    """What a manifest says of machine and model: the stored probe and the licence among it."""
+    from shadowkv_cli.bench import probes
+
+    probe = probes.stored(probes.device_name(loaded.device))
+    known = MODELS.get(loaded.name)
+    return {
+        **capture(str(loaded.device)),
+        "probe": probe.as_json() if probe is not None else None,
+        "model": {"source": known.source, "licence": known.licence} if known else None,
+    }
+
+
 def data_notes(dataset: Dataset, loaded: LoadedModel) -> tuple[list[str], dict[str, bool]]:
     """The same for results on these data."""
     notes, flags = model_notes(loaded)
@@ -191,17 +204,25 @@ class Ready:
 def check_ready(config: EvalConfig) -> Ready:
     """Load everything and refuse what cannot work, before the first prefill.
 
+    Raises as `load_inputs` does, and UsageError for a place that the run cannot be written to.
+    """
+    check_place(config.output)
+    if (config.output / MANIFEST).is_file() and not config.fresh:
+        check_settings(
+            read_run(config.output).manifest.get("scope", {}), config.specs, config.output
+        )
+    return load_inputs(config)
+
+
+def load_inputs(config: EvalConfig) -> Ready:
+    """Load data, tokenizer and model, and check them against each other.
+
     Raises:
         UsageError: the data, the model and the settings do not fit together.
         ShadowKVError: the model cannot be loaded.
     """
     from shadowkv_cli.model.loading import load_model
 
-    check_place(config.output)
-    if (config.output / MANIFEST).is_file() and not config.fresh:
-        check_settings(
-            read_run(config.output).manifest.get("scope", {}), config.specs, config.output
-        )
     dataset = Dataset.open(config.data)
     work = choose_samples(config, dataset)
     choice = config.model
@@ -232,7 +253,7 @@ def open_run(config: EvalConfig, kind: RunKind, ready: Ready) -> RunFolder:
             "context_lengths": list(config.context_lengths or dataset.context_lengths),
             "num_samples": config.num_samples,
         },
-        environment=capture(str(loaded.device)),
+        environment=environment_of(loaded),
         command=config.command,
         notes=notes,
         flags=flags,

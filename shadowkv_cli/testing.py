@@ -1,7 +1,8 @@
-"""Small random models of each family, for tests and for users who check their own installation."""
+"""For tests and for users who check their installation: small random models, scores of cells."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,12 @@ from transformers import (
     Qwen2Config,
 )
 
+from shadowkv_cli.cells import build_specs
 from shadowkv_cli.model.loading import LoadedModel, describe
+from shadowkv_cli.model.session import Session
+from shadowkv_cli.tasks.metrics import score
+from shadowkv_cli.tasks.rows import Sample
+from shadowkv_cli.tasks.tokenization import encode_prompt
 
 FAMILIES = ("llama", "qwen2", "glm", "phi3")
 """Llama 3.1 scaling; biased projections; interleaved half rotation; longrope past its switch."""
@@ -68,3 +74,30 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=dtype)
     return describe(model, f"tiny-{family}", random_weights=True)
+
+
+def score_cells(
+    loaded: LoadedModel,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    cells: Sequence[str],
+    new_tokens: int,
+) -> dict[str, list[float]]:
+    """Score of every cell on every sample, in [0, 1], all cells after one prefill a sample.
+
+    Args:
+        cells: like `shadowkv:rank=64`, see `cells.build_specs`.
+        new_tokens: the longest answer.
+    """
+    specs = build_specs(cells, {})
+    longest = max(sample.prompt_tokens for sample in samples)
+    session = Session(loaded, specs, prompt_tokens=longest, new_tokens=new_tokens)
+    scores: dict[str, list[float]] = {cell: [] for cell in cells}
+    for sample in samples:
+        logits = session.prefill(encode_prompt(tokenizer, sample.text), key=sample.id)
+        first = logits.argmax(-1).expand(len(specs))
+        answers = session.generate(first, [new_tokens] * len(specs), loaded.eos_ids)
+        for cell, ids in zip(cells, answers, strict=True):
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            scores[cell].append(score(text, sample))
+    return scores

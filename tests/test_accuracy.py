@@ -1,0 +1,214 @@
+"""Accuracy on the bundled model: what recalls, what a starved budget loses, what a mistake breaks.
+
+The mutation tests at the end break one part of the method at a time and assert that the accuracy
+check of this file notices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import fmean
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shadowkv_cli.cli import run
+from shadowkv_cli.methods import shadowkv, store
+from shadowkv_cli.methods.sparse import SparseGroup
+from shadowkv_cli.model.loading import LoadedModel, load_model
+from shadowkv_cli.run_config import ModelChoice
+from shadowkv_cli.stats import paired_difference
+from shadowkv_cli.tasks.rows import Dataset, Sample
+from shadowkv_cli.tasks.tokenization import load_tokenizer
+from shadowkv_cli.testing import score_cells
+
+TASKS = ("niah_single_2", "niah_multikey_1", "niah_multivalue")
+PER_TASK = 6
+NEW_TOKENS = 48
+GENEROUS = "shadowkv:sparse_budget=256,rank=128,chunk_size=4"
+EVERYTHING = "shadowkv:sparse_budget=100%,rank=256,chunk_size=4,dense_fallback=never"
+STARVED = "shadowkv:sparse_budget=16,rank=8,chunk_size=16"
+ORACLE = "oracle:sparse_budget=256,chunk_size=4"
+RANDOM = "random:sparse_budget=256,chunk_size=4"
+Scores = dict[str, list[float]]
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
+    """Prompts of 2,048 tokens; the model was neither trained nor scored with their seed."""
+    folder = tmp_path_factory.mktemp("data") / "ruler"
+    command = f"build-data ruler --tokenizer demo --context-length 2k --num-samples {PER_TASK}"
+    tasks = ["--tasks", ",".join(TASKS), "--seed", "5"]
+    assert run([*command.split(), *tasks, "--output", str(folder)]) == 0
+    dataset = Dataset.open(folder)
+    return [sample for task in TASKS for sample in dataset.samples(2048, task)]
+
+
+@pytest.fixture(scope="module")
+def demo() -> LoadedModel:
+    return load_model(ModelChoice("demo", device="cpu"))
+
+
+def scores_of(loaded: LoadedModel, samples: list[Sample], *cells: str) -> Scores:
+    return score_cells(loaded, load_tokenizer("demo"), samples, cells, NEW_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def scores(demo: LoadedModel, samples: list[Sample]) -> Scores:
+    return scores_of(demo, samples, "full", EVERYTHING, GENEROUS, STARVED, ORACLE, RANDOM)
+
+
+def check_not_worse(method: list[float], reference: list[float]) -> None:
+    """Fail where the paired interval of `method - reference` lies below 0."""
+    difference = paired_difference(method, reference)
+    assert difference.high >= 0, f"{difference}: {method} against {reference}"
+
+
+def check_accurate(scores: Scores) -> None:
+    """Everything at full rank is full attention; a generous setting costs little or nothing."""
+    assert scores[EVERYTHING] == scores["full"], scores
+    check_not_worse(scores[GENEROUS], scores["full"])
+    assert fmean(scores[GENEROUS]) >= fmean(scores["full"]) - 0.1, scores
+
+
+def test_full_attention_recalls(scores: Scores) -> None:
+    assert fmean(scores["full"]) >= 0.95, scores["full"]
+
+
+def test_a_generous_setting_is_not_worse_than_full_attention(scores: Scores) -> None:
+    check_accurate(scores)
+
+
+def test_a_starved_budget_falls(scores: Scores) -> None:
+    difference = paired_difference(scores[STARVED], scores["full"])
+    assert difference.high < -0.2, difference
+
+
+def test_random_chunks_are_far_worse_at_the_same_budget(scores: Scores) -> None:
+    difference = paired_difference(scores[RANDOM], scores[GENEROUS])
+    assert difference.high < -0.4, difference
+
+
+def test_true_chunks_are_not_worse_than_landmarks(scores: Scores) -> None:
+    check_not_worse(scores[ORACLE], scores[GENEROUS])
+
+
+# ---- one mistake at a time ----
+
+Patch = pytest.MonkeyPatch
+
+
+def select_worst(patch: Patch) -> None:
+    """Chunks that the query does not point at."""
+    select = shadowkv.ops.select_chunks
+    patch.setattr(shadowkv.ops, "select_chunks", lambda q, *rest: select(-q, *rest))
+
+
+def select_neighbours(patch: Patch) -> None:
+    """The ids of chunks off by one, as a wrong offset gives them."""
+    select = shadowkv.ops.select_chunks
+
+    def off_by_one(*args: Any) -> Tensor:
+        ids = select(*args)
+        return torch.where(ids > 0, ids - 1, ids)
+
+    patch.setattr(shadowkv.ops, "select_chunks", off_by_one)
+
+
+def keep_the_smallest_directions(patch: Patch) -> None:
+    """A low-rank form of the eigenvectors at the wrong end."""
+
+    def wrong(keys: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        _, vectors = torch.linalg.eigh(keys.T @ keys)
+        basis = vectors[:, :rank]
+        return keys @ basis, basis.T.contiguous()
+
+    patch.setattr(store, "factorise", wrong)
+
+
+def forget_to_rotate(patch: Patch) -> None:
+    """Keys rebuilt without their rotation."""
+    rebuild = shadowkv.ops.rebuild_keys
+
+    def plain(*args: Any) -> None:
+        cos, sin = args[7:9]
+        rebuild(*args[:7], torch.ones_like(cos), torch.zeros_like(sin), *args[9:])
+
+    patch.setattr(shadowkv.ops, "rebuild_keys", plain)
+
+
+def rotate_backwards(patch: Patch) -> None:
+    """Keys rebuilt with the sign of the sine wrong."""
+    rebuild = shadowkv.ops.rebuild_keys
+    patch.setattr(
+        shadowkv.ops, "rebuild_keys", lambda *args: rebuild(*args[:8], -args[8], *args[9:])
+    )
+
+
+def pair_wrongly(patch: Patch) -> None:
+    """Keys rebuilt with neighbours as pairs, where the model rotates halves."""
+    rebuild = shadowkv.ops.rebuild_keys
+    patch.setattr(
+        shadowkv.ops, "rebuild_keys", lambda *args: rebuild(*args[:10], not args[10], *args[11:])
+    )
+
+
+def rotate_twice(patch: Patch) -> None:
+    """Keys that were factorised without taking the rotation off first."""
+    patch.setattr(store, "unrotate", lambda keys, *rest: keys)
+
+
+def fetch_wrong_values(patch: Patch) -> None:
+    """Values of the chunks behind those whose keys are attended."""
+    fetch = shadowkv.ops.fetch_values
+
+    def shifted(values: Tensor, *rest: Any) -> None:
+        fetch(values.roll(1, 2), *rest)
+
+    patch.setattr(shadowkv.ops, "fetch_values", shifted)
+
+
+def drop_the_tail(patch: Patch) -> None:
+    """Generated tokens that are counted and not kept."""
+    patch.setattr(SparseGroup, "append", lambda self, layer, k, v: None)
+
+
+def never_see_the_tail(patch: Patch) -> None:
+    """Generated tokens that are kept and not attended, but for the one that attends."""
+
+    def lengths(self: SparseGroup) -> Tensor:
+        self.section_lengths[:, 2] = self.seen.clamp(max=1)
+        return self.section_lengths
+
+    patch.setattr(SparseGroup, "lengths", lengths)
+
+
+MISTAKES: tuple[Callable[[Patch], None], ...] = (
+    select_worst,
+    select_neighbours,
+    keep_the_smallest_directions,
+    forget_to_rotate,
+    rotate_backwards,
+    pair_wrongly,
+    rotate_twice,
+    fetch_wrong_values,
+    drop_the_tail,
+    never_see_the_tail,
+)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+def test_the_accuracy_check_notices(
+    mistake: Callable[[Patch], None],
+    demo: LoadedModel,
+    samples: list[Sample],
+    monkeypatch: Patch,
+) -> None:
+    few = samples[::2]
+    mistake(monkeypatch)
+    broken = scores_of(demo, few, "full", EVERYTHING, GENEROUS)
+    assert fmean(broken["full"]) >= 0.85, "the mistake must not touch full attention"
+    with pytest.raises(AssertionError):
+        check_accurate(broken)
