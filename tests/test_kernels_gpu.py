@@ -323,7 +323,7 @@ def test_values_that_are_not_pinned_are_refused_by_the_kernel_alone() -> None:
         ("full_attention", {"keys": lambda x: x.float()}, "keys must have the dtype"),
         ("sparse_attention", {"key_slots": lambda x: x.long()}, "key_slots must be int32"),
         ("select_chunks", {"excluded": lambda x: x[:, :, :5]}, "excluded must be"),
-        ("update_residency", {"chunk_of_slot": lambda x: x[..., :2].clone()}, "chunk_of_slot"),
+        ("update_residency", {"last_used": lambda x: x[..., :2].clone()}, "last_used must be"),
         ("rebuild_keys", {"basis": lambda x: x[:, :, :5]}, "basis must be"),
         ("fetch_values", {"misses": lambda x: x.int()}, "misses must be bool"),
         ("build_landmarks", {"per_chunk": lambda x: 3}, "do not divide"),

@@ -9,7 +9,7 @@ namespace {
 
 /// Enough to fill the bus, and few enough that the other processors work on something else.
 constexpr int HOST_BLOCKS = 32;
-constexpr int BLOCKS_A_PROCESSOR = 4;
+constexpr int COPY_BLOCKS_A_PROCESSOR = 4;
 
 bool has_whole_chunks(const Tensor& t) {
   return (t.size(4) <= 1 || t.stride(4) == 1) && (t.size(3) <= 1 || t.stride(3) == t.size(4));
@@ -62,7 +62,7 @@ void fetch_values(Tensor values, Tensor prompt_index, Tensor ids, Tensor slots, 
   const int64_t odd = chunk_bytes | p.value_prompt | p.value_head | p.value_chunk | p.buffer_row |
                       p.buffer_head | p.buffer_slot | reinterpret_cast<int64_t>(p.values) |
                       reinterpret_cast<int64_t>(p.buffer);
-  const int blocks = values.is_cuda() ? device.processors() * BLOCKS_A_PROCESSOR : HOST_BLOCKS;
+  const int blocks = values.is_cuda() ? device.processors() * COPY_BLOCKS_A_PROCESSOR : HOST_BLOCKS;
   auto launch = [&](auto kernel, int64_t word_bytes) {
     p.words = static_cast<int>(chunk_bytes / word_bytes);
     kernel<<<blocks, FETCH_THREADS, 0, device.stream()>>>(p);

@@ -208,9 +208,8 @@ def rebuild_arguments(s: Sizes, share: float = 0.6) -> Arguments:
     basis = s.normal(g, s.prompts, s.heads, s.rank + s.spare, s.dim) * s.rank**-0.5
     rank = s.ints(g, 1, s.rank, s.rows)
     if s.poison:
-        most = int(rank.max())
-        coefficients[..., most:] = math.nan
-        basis[:, :, most:] = math.nan
+        coefficients[..., int(rank.max()) :] = math.nan
+        basis[:, :, s.rank :] = math.nan
     angle = torch.rand(2, s.tokens + 3, 2 * s.pairs, generator=g, device=s.device) * 6
     ids = selection(s, g, s.chunks)
     return {
