@@ -147,7 +147,7 @@ def test_select_chunks(sizes: Sizes) -> None:
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("chunks", [10, 3000, 40_000])
 def test_select_chunks_gives_ties_to_the_lower_id(chunks: int, dtype: torch.dtype) -> None:
-    """Above 24,576 chunks the keys are in global memory."""
+    """Above 20,480 chunks the keys are in global memory."""
     sizes = Sizes(rows=2, prompts=1, heads=1, chunks=chunks, wanted=7, dtype=dtype, device=DEVICE,
                   poison=False)  # fmt: skip
     arguments = cases.select_arguments(sizes)
@@ -284,6 +284,22 @@ def test_a_graph_serves_other_inputs(name: str, dtype: torch.dtype) -> None:
     found = [*returned, *(v for v in static.values() if isinstance(v, Tensor))]
     for a, b in zip(found, outputs(name, second), strict=True):
         assert same_bits(a, b), name
+
+
+def test_a_graph_fetches_from_the_host() -> None:
+    sizes = Sizes(rows=5, device=DEVICE)
+    arguments = cases.fetch_arguments(sizes, pinned=True)
+    theirs = copied(arguments)
+    ops.fetch_values(**copied(arguments) | {"values": arguments["values"]})
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.fetch_values(**arguments)
+    arguments["values"].neg_()
+    theirs["values"].neg_()
+    graph.replay()
+    reference("fetch_values", theirs)
+    assert same_bits(arguments["buffer"], theirs["buffer"])
 
 
 @every_op

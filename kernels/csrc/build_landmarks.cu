@@ -8,7 +8,7 @@ namespace shadowkv {
 
 std::tuple<Tensor, Tensor> build_landmarks(Tensor keys, int64_t chunk_size, int64_t per_chunk) {
   constexpr const char* op = "build_landmarks";
-  const Device device(keys, op);
+  const Device device(keys, op, "keys");
   check_sizes(keys, op, "keys", {-1, -1, -1});
   SHADOWKV_CHECK(chunk_size > 0 && per_chunk > 0 && chunk_size % per_chunk == 0, op, per_chunk,
                  " landmarks do not divide ", chunk_size);

@@ -30,13 +30,14 @@ const char* device_address(const char* op, const Tensor& values) {
 void fetch_values(Tensor values, Tensor prompt_index, Tensor ids, Tensor slots, Tensor misses,
                   Tensor buffer) {
   constexpr const char* op = "fetch_values";
-  const Device device(buffer, op);
+  const Device device(buffer, op, "buffer");
   check_sizes(buffer, op, "buffer", {-1, -1, -1, -1, -1});
   check_sizes(values, op, "values", {-1, buffer.size(1), -1, buffer.size(3), buffer.size(4)});
   SHADOWKV_CHECK(values.scalar_type() == buffer.scalar_type(), op,
                  "values must have the dtype of the buffer");
   SHADOWKV_CHECK(has_whole_chunks(values) && has_whole_chunks(buffer), op,
                  "the chunks of values and buffer must be contiguous");
+  if (values.is_cuda()) check_device(values, op, "values", buffer);
   check_table(prompt_index, op, "prompt_index", buffer, {buffer.size(0)});
   const int64_t size = values.element_size();
   const int64_t chunk_bytes = buffer.size(3) * buffer.size(4) * size;

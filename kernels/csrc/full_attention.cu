@@ -16,7 +16,7 @@ constexpr int BLOCKS_A_PROCESSOR = 3;
 int full_splits(int64_t heads, int64_t capacity, int processors) {
   const int64_t wave = std::max<int64_t>(1, processors * BLOCKS_A_PROCESSOR / heads);
   const int64_t most = std::max<int64_t>(1, ceil_div(capacity, MIN_TOKENS_A_SPLIT));
-  return static_cast<int>(std::min({wave, most, int64_t{128}}));
+  return static_cast<int>(std::min({wave, most, int64_t{MOST_SPLITS}}));
 }
 
 }  // namespace
@@ -25,7 +25,7 @@ Tensor full_attention(Tensor query, Tensor keys, Tensor values, Tensor prompt_in
                       double scale) {
   constexpr const char* op = "full_attention";
   check_sizes(query, op, "query", {-1, -1, -1});
-  const Device device(query, op);
+  const Device device(query, op, "query");
   query = dense_query(query);
   auto p = attention_params<FullSource>(op, query, keys, values, scale);
   check_sizes(values, op, "values", {-1, -1, keys.size(2), -1});

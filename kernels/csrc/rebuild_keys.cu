@@ -24,7 +24,7 @@ void rebuild_keys(Tensor coefficients, Tensor basis, Tensor prompt_index, Tensor
                   Tensor slots, Tensor misses, Tensor cos, Tensor sin, Tensor table_index,
                   bool interleaved, Tensor buffer) {
   constexpr const char* op = "rebuild_keys";
-  const Device device(buffer, op);
+  const Device device(buffer, op, "buffer");
   check_sizes(buffer, op, "buffer", {-1, -1, -1, -1, -1});
   check_words(buffer, op, "buffer", buffer);
   check_sizes(coefficients, op, "coefficients", {-1, -1, -1});

@@ -10,8 +10,8 @@ namespace shadowkv {
 
 namespace {
 
-/// Keys of so many chunks stay in shared memory, with two blocks on a processor of an H100.
-constexpr int64_t MOST_SHARED_CHUNKS = 24 * 1024;
+/// Keys of so many chunks stay in shared memory: 80 KiB, two blocks on a processor of an H100.
+constexpr int64_t MOST_SHARED_CHUNKS = 20 * 1024;
 
 void check_landmarks(const char* op, const Tensor& landmarks, const Tensor& query) {
   check_words(landmarks, op, "landmarks", query);
@@ -32,7 +32,7 @@ Tensor select_chunks(Tensor query, Tensor landmarks, Tensor prompt_index, Tensor
   const int64_t rows = query.size(0), q_heads = query.size(1), dim = query.size(2);
   check_sizes(landmarks, op, "landmarks", {-1, -1, -1, -1, dim});
   const int64_t heads = landmarks.size(1), chunks = landmarks.size(2), parts = landmarks.size(3);
-  const Device device(query, op);
+  const Device device(query, op, "query");
   query = dense_query(query);
   check_landmarks(op, landmarks, query);
   check_table(prompt_index, op, "prompt_index", query, {rows});

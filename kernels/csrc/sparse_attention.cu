@@ -10,7 +10,8 @@ namespace shadowkv {
 namespace {
 
 constexpr int TOKENS_A_SPLIT = 256;
-constexpr int64_t MOST_SPLITS = 64;
+constexpr int64_t MOST_SPARSE_SPLITS = 64;
+static_assert(MOST_SPARSE_SPLITS <= MOST_SPLITS);
 
 }  // namespace
 
@@ -20,7 +21,7 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor query, Tensor keys, Tensor va
                                             double scale) {
   constexpr const char* op = "sparse_attention";
   check_sizes(query, op, "query", {-1, -1, -1});
-  const Device device(query, op);
+  const Device device(query, op, "query");
   query = dense_query(query);
   auto p = attention_params<SparseSource>(op, query, keys, values, scale);
   const int64_t rows = query.size(0), heads = keys.size(1);
@@ -49,7 +50,7 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor query, Tensor keys, Tensor va
   // By sizes alone: where chunks lie, and with whom a row shares the batch, changes no bit.
   const int64_t tokens = source.fixed + key_slots.size(2) * chunk_size;
   const int splits =
-      static_cast<int>(std::clamp<int64_t>(ceil_div(tokens, TOKENS_A_SPLIT), 1, MOST_SPLITS));
+      static_cast<int>(std::clamp<int64_t>(ceil_div(tokens, TOKENS_A_SPLIT), 1, MOST_SPARSE_SPLITS));
   Tensor lse = torch::stable::new_empty(query, {rows, query.size(1)}, ScalarType::Float);
   Tensor out =
       attend(op, device, query, heads, splits, p, static_cast<float*>(lse.data_ptr()));

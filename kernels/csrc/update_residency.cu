@@ -15,7 +15,7 @@ constexpr int MOST_SHARED_PLACES = 8 * 1024;
 std::tuple<Tensor, Tensor> update_residency(Tensor ids, Tensor step, Tensor chunk_of_slot,
                                             Tensor last_used, Tensor slot_of_chunk) {
   constexpr const char* op = "update_residency";
-  const Device device(ids, op);
+  const Device device(ids, op, "ids");
   check_table(ids, op, "ids", ids, {-1, -1, -1});
   const int64_t rows = ids.size(0), heads = ids.size(1), wanted = ids.size(2);
   check_table(step, op, "step", ids, {rows});

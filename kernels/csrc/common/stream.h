@@ -18,7 +18,9 @@ inline void check_cuda(cudaError_t error, const char* op) {
 /// Makes a tensor's device current while it lives, and knows torch's stream there.
 class Device {
  public:
-  Device(const Tensor& tensor, const char* op) : op_(op), index_(tensor.get_device_index()) {
+  Device(const Tensor& tensor, const char* op, const char* name)
+      : op_(op), index_(tensor.get_device_index()) {
+    SHADOWKV_CHECK(tensor.is_cuda(), op, name, " must be on a GPU");
     check_cuda(cudaGetDevice(&before_), op);
     if (before_ != index_) check_cuda(cudaSetDevice(index_), op);
     void* stream = nullptr;
