@@ -1,7 +1,7 @@
 // The same attention in float32: a warp takes one token at a time, without tensor cores.
 #pragma once
 
-#include "attention.cuh"
+#include "attention_params.cuh"
 
 namespace shadowkv {
 

@@ -1,4 +1,4 @@
-// Means of each chunk's keys, and the smallest cosine similarity between a key and the chunk's mean.
+// Means of each chunk's keys, and the smallest cosine similarity of a key and the chunk's mean.
 #pragma once
 
 #include "common/block.cuh"

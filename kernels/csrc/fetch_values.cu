@@ -1,4 +1,4 @@
-// fetch_values: see shadowkv_cli/ops/fetch_values.py. Any dtype and head dimension: bytes are moved.
+// fetch_values: see shadowkv_cli/ops/fetch_values.py. It moves bytes, of any dtype.
 #include "fetch_values.cuh"
 
 #include "misses.h"

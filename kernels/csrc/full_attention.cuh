@@ -1,7 +1,7 @@
 // Which tokens full attention attends: the first so many of the row's prompt.
 #pragma once
 
-#include "attention.cuh"
+#include "attention_params.cuh"
 
 namespace shadowkv {
 

@@ -3,6 +3,7 @@
 
 #include "common/dispatch.h"
 #include "misses.h"
+#include "rebuild_float.cuh"
 
 namespace shadowkv {
 

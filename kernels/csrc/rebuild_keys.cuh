@@ -1,92 +1,9 @@
 // Keys of missing chunks: coefficients times basis on the tensor cores, then the rotary embedding.
-//
-// A block makes a tile of tokens of one row and KV head: the head's missing chunks laid end to end.
 #pragma once
 
-#include "common/block.cuh"
+#include "rebuild_rows.cuh"
 
 namespace shadowkv {
-
-struct RebuildParams {
-  const void* coefficients;  // [P, S, r]
-  const void* basis;         // [P, Hk, r, D], D contiguous
-  int64_t coefficient_prompt, coefficient_token;  // strides in elements
-  int64_t basis_prompt, basis_head, basis_row;
-  bool aligned;  // coefficients can be read in 16-byte words
-  const int* prompt_index;  // [R]
-  const int* rank;          // [R]
-  const int* ids;           // [R, Hk, N]
-  const int* slots;         // [R, Hk, N]
-  const int* list;          // of misses
-  const int* starts;        // [R * Hk + 1], where each head's begin
-  const void* cos;          // [T, S', E]
-  const void* sin;
-  int64_t cos_table, cos_token, sin_table, sin_token;
-  const int* table_index;  // [P]
-  void* buffer;            // [R, Hk, B, c, D]
-  int64_t buffer_row, buffer_head, buffer_slot, buffer_token;
-  int heads, columns, chunk_size, pairs;
-  bool interleaved;
-};
-
-/// What a tile's rows are: a token of the prompt, and where its key goes. -1: no such row.
-template <int ROWS>
-struct TileRows {
-  int token[ROWS];
-  int64_t target[ROWS];
-};
-
-template <int ROWS>
-__device__ void find_rows(const RebuildParams& p, int64_t plane, TileRows<ROWS>& rows) {
-  const int start = p.starts[plane];
-  const int64_t count = static_cast<int64_t>(p.starts[plane + 1] - start) * p.chunk_size;
-  for (int i = threadIdx.x; i < ROWS; i += blockDim.x) {
-    const int64_t place = static_cast<int64_t>(blockIdx.x) * ROWS + i;
-    rows.token[i] = -1;
-    if (place < count) {
-      const int chunk = static_cast<int>(place / p.chunk_size);
-      const int token = static_cast<int>(place - static_cast<int64_t>(chunk) * p.chunk_size);
-      const int flat = p.list[start + chunk];
-      rows.token[i] = p.ids[flat] * p.chunk_size + token;
-      rows.target[i] = p.slots[flat] * p.buffer_slot + token * p.buffer_token;
-    }
-  }
-}
-
-/// Rotate the keys of a tile, float32 [ROWS, STRIDE] in shared memory, and write them to the buffer.
-template <typename T, int D, int ROWS, int STRIDE>
-__device__ void rotate_and_store(const RebuildParams& p, const TileRows<ROWS>& rows,
-                                 const float* keys) {
-  constexpr int PIECE = 16 / sizeof(T);  // dimensions in 16 bytes
-  const int64_t r = blockIdx.z, head = blockIdx.y;
-  const int64_t table = p.table_index[p.prompt_index[r]];
-  const T* cos = static_cast<const T*>(p.cos) + table * p.cos_table;
-  const T* sin = static_cast<const T*>(p.sin) + table * p.sin_table;
-  T* buffer = static_cast<T*>(p.buffer) + r * p.buffer_row + head * p.buffer_head;
-  for (int i = threadIdx.x; i < ROWS * D / PIECE; i += blockDim.x) {
-    const int row = i / (D / PIECE), first = i % (D / PIECE) * PIECE;
-    if (rows.token[row] < 0) continue;
-    const T* of_cos = cos + rows.token[row] * p.cos_token;
-    const T* of_sin = sin + rows.token[row] * p.sin_token;
-    const float* key = keys + row * STRIDE;
-    __align__(16) T out[PIECE];
-#pragma unroll
-    for (int e = 0; e < PIECE; ++e) {
-      const int d = first + e;
-      float x = key[d];
-      if (d < 2 * p.pairs) {
-        const bool second = p.interleaved ? d % 2 : d >= p.pairs;
-        const int pair = p.interleaved ? d / 2 : d - (second ? p.pairs : 0);
-        const int other = p.interleaved ? d ^ 1 : second ? d - p.pairs : d + p.pairs;
-        const float turned = key[other] * to_float(of_sin[pair]);
-        x = x * to_float(of_cos[pair]) + (second ? turned : -turned);
-      }
-      out[e] = from_float<T>(x);
-    }
-    *reinterpret_cast<uint4*>(buffer + rows.target[row] + first) =
-        *reinterpret_cast<const uint4*>(out);
-  }
-}
 
 constexpr int REBUILD_WARPS = 4;
 constexpr int REBUILD_ROWS = 128;  // 32 a warp
@@ -196,38 +113,6 @@ __global__ void __launch_bounds__(REBUILD_WARPS * 32, 2)
   }
   __syncthreads();
   rotate_and_store<T, D, REBUILD_ROWS, KEY_STRIDE>(p, rows, keys);
-}
-
-constexpr int FLOAT_ROWS = 16;
-
-/// The same in float32, a thread a dimension of all tokens of the tile.
-template <int D>
-__global__ void __launch_bounds__(D) rebuild_float(const __grid_constant__ RebuildParams p) {
-  __shared__ TileRows<FLOAT_ROWS> rows;
-  __shared__ float keys[FLOAT_ROWS * (D + 4)];
-  const int64_t r = blockIdx.z, head = blockIdx.y, plane = r * p.heads + head;
-  const int64_t missing = p.starts[plane + 1] - p.starts[plane];
-  if (static_cast<int64_t>(blockIdx.x) * FLOAT_ROWS >= missing * p.chunk_size) return;
-  find_rows(p, plane, rows);
-  __syncthreads();
-  const int64_t prompt = p.prompt_index[r];
-  const float* coefficients =
-      static_cast<const float*>(p.coefficients) + prompt * p.coefficient_prompt;
-  const float* basis = static_cast<const float*>(p.basis) + prompt * p.basis_prompt +
-                       head * p.basis_head + threadIdx.x;
-  const int rank = max(min(p.rank[r], p.columns), 0);
-  float sums[FLOAT_ROWS] = {};
-  for (int k = 0; k < rank; ++k) {
-    const float b = basis[k * p.basis_row];
-#pragma unroll
-    for (int i = 0; i < FLOAT_ROWS; ++i) {
-      sums[i] += b * coefficients[max(rows.token[i], 0) * p.coefficient_token + k];
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < FLOAT_ROWS; ++i) keys[i * (D + 4) + threadIdx.x] = sums[i];
-  __syncthreads();
-  rotate_and_store<float, D, FLOAT_ROWS, D + 4>(p, rows, keys);
 }
 
 }  // namespace shadowkv

@@ -126,8 +126,8 @@ __global__ void __launch_bounds__(SCORE_WARPS * 32)
     float highest = -INFINITY, total = 0;
     for (int c = lane; c < count; c += 32) {
       // Barred chunks may hold anything: their logits are never looked at.
-      const float logit =
-          excluded[c] ? -INFINITY : combine(scores + g * SCORE_STRIDE + c * p.per_chunk, p.per_chunk);
+      const float* raw = scores + g * SCORE_STRIDE + c * p.per_chunk;
+      const float logit = excluded[c] ? -INFINITY : combine(raw, p.per_chunk);
       logits[c] = logit;
       const float most = fmaxf(highest, logit);
       total = total * weight(highest, most) + weight(logit, most);

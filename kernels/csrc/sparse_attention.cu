@@ -10,7 +10,7 @@ namespace shadowkv {
 namespace {
 
 constexpr int TOKENS_A_SPLIT = 256;
-constexpr int64_t MOST_SPARSE_SPLITS = 64;
+constexpr int MOST_SPARSE_SPLITS = 64;
 static_assert(MOST_SPARSE_SPLITS <= MOST_SPLITS);
 
 }  // namespace
@@ -49,8 +49,7 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor query, Tensor keys, Tensor va
                  "keys and values must hold the ", source.fixed, " tokens of the fixed part");
   // By sizes alone: where chunks lie, and with whom a row shares the batch, changes no bit.
   const int64_t tokens = source.fixed + key_slots.size(2) * chunk_size;
-  const int splits =
-      static_cast<int>(std::clamp<int64_t>(ceil_div(tokens, TOKENS_A_SPLIT), 1, MOST_SPARSE_SPLITS));
+  const int splits = std::clamp(ceil_div(tokens, TOKENS_A_SPLIT), 1, MOST_SPARSE_SPLITS);
   Tensor lse = torch::stable::new_empty(query, {rows, query.size(1)}, ScalarType::Float);
   Tensor out =
       attend(op, device, query, heads, splits, p, static_cast<float*>(lse.data_ptr()));

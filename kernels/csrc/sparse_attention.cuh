@@ -2,7 +2,7 @@
 // then the selected chunks in the order of their ids, wherever their slots lie.
 #pragma once
 
-#include "attention.cuh"
+#include "attention_params.cuh"
 
 namespace shadowkv {
 

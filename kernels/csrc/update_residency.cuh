@@ -1,7 +1,8 @@
 // Slots of the selected chunks: hits keep theirs, the k-th miss takes the k-th least recently used.
 //
-// A block serves one row and KV head. Slots are ordered by (last use, slot), as a stable sort has it,
-// in one 64-bit word each; a bitonic sort of a power of two of them, in shared memory where they fit.
+// A block serves one row and KV head. Slots are ordered by (last use, slot), as a stable sort has
+// it, in one 64-bit word each: a bitonic sort of a power of two of them, in shared memory where
+// they fit.
 #pragma once
 
 #include "common/block.cuh"
