@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+COMPUTE_SANITIZER ?= compute-sanitizer
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -16,7 +17,8 @@ SHADOWKV := HF_HUB_OFFLINE=1 $(BIN)/shadowkv
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train-demo test test-gpu lint format typecheck bench-data kernels clean
+.PHONY: help setup demo train-demo test test-gpu sanitize-gpu lint format typecheck bench-data \
+	bench-ops kernels wheel clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -64,6 +66,12 @@ test: setup ## Run the fast tests
 test-gpu: setup ## Run the tests that need a GPU
 	$(BIN)/pytest -m gpu $(PYTEST_ARGS)
 
+sanitize-gpu: setup ## Let compute-sanitizer watch every op on small cases, on a GPU
+	for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(COMPUTE_SANITIZER) --tool $$tool --error-exitcode 1 \
+			--kernel-regex kns=shadowkv $(BIN)/python -m shadowkv_cli.ops.exercise || exit 1; \
+	done
+
 lint: setup ## Check style, format and types; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -79,8 +87,18 @@ typecheck: setup ## Check types only
 bench-data: setup ## Measure how fast prompts are built
 	$(BIN)/python -m shadowkv_cli.bench.data_speed
 
-kernels: ## Compile the CUDA kernels
-	@echo "There is nothing to build yet: the operations run on torch. See kernels/README.md."
+bench-ops: setup ## Measure every compiled op on a GPU, the torch reference beside it
+	$(BIN)/python -m shadowkv_cli.bench.op_speed
+
+kernels: setup ## Compile the CUDA kernels; no GPU is needed, and nvcc only if there is one
+	@{ command -v nvcc && command -v cmake; } >/dev/null || \
+		$(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[kernels]"
+	kernels/build.sh $(abspath $(BIN)/python)
+
+wheel: kernels ## Build one wheel for every Python, with the compiled kernels in it
+	$(BIN)/pip wheel --quiet $(PIP_ARGS) --no-deps --wheel-dir dist . \
+		--config-settings="--build-option=--plat-name linux_$(shell uname -m)"
+	@ls dist/*.whl
 
 clean: ## Remove caches and build outputs; keeps .venv, datasets/ and results/
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -56,11 +56,11 @@ def run_checks(*, probe: bool, offline: bool) -> list[Check]:
     except (ImportError, OSError) as error:  # OSError: a library that torch needs is missing
         advice = "install it again: pip install --force-reinstall torch"
         checks.append(Check("torch import", "bad", " ".join(str(error).split()), advice))
-        checks.append(Check("GPU", "note", "unknown without torch"))
+        checks += [Check(name, "note", "unknown without torch") for name in ("GPU", "kernels")]
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        checks += [_gpu(), _attention_backends(device), _probe(device, probe)]
-    return [*checks, _kernels(), _memory(), _disk(), _cache_folder(), _hub(offline), _punkt()]
+        checks += [_gpu(), _attention_backends(device), _probe(device, probe), _kernels()]
+    return [*checks, _memory(), _disk(), _cache_folder(), _hub(offline), _punkt()]
 
 
 def _packages() -> list[Check]:
@@ -130,9 +130,12 @@ def _cache_folder() -> Check:
 
 
 def _kernels() -> Check:
-    if (environment.PACKAGE_DIR / "shadowkv_kernels.so").is_file():
-        return Check("kernels", "ok", "built")
-    return Check("kernels", "note", "not built: torch ops are used")
+    from shadowkv_cli.ops import compiled
+
+    if not compiled.ABSENT:
+        return Check("kernels", "ok", "compiled, loaded: a GPU uses them")
+    found = f"{compiled.ABSENT}: torch ops are used"
+    return Check("kernels", "note", found, compiled.HOW_TO_BUILD)
 
 
 def _hub(offline: bool) -> Check:

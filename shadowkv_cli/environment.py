@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -48,6 +49,7 @@ def capture(device: str | None = None) -> dict[str, Any]:
         "git": git_state(PACKAGE_DIR),
         "device": device,
         "gpu": gpu_facts(device),
+        "kernels": _kernels(device),
         "threads": _threads(),
     }
 
@@ -138,6 +140,17 @@ def driver_version() -> str | None:
     """Version of the NVIDIA driver, or None where there is none."""
     output = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return output.splitlines()[0].strip() if output else None
+
+
+def _kernels(device: str | None) -> dict[str, Any] | None:
+    """Whether a GPU has the compiled kernels or runs torch ops; None where it is not used."""
+    compiled = sys.modules.get("shadowkv_cli.ops.compiled")
+    if compiled is None or gpu_facts(device) is None:
+        return None
+    if compiled.ABSENT:
+        return {"ops": "torch", "reason": compiled.ABSENT.partition(" (")[0]}
+    library = compiled.LIBRARY.read_bytes()
+    return {"ops": "compiled", "sha256": hashlib.sha256(library).hexdigest()}
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -27,7 +27,6 @@ FAMILIES = ("llama", "qwen2", "glm", "phi3")
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 256,
-    "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -40,8 +39,9 @@ _SIZES: dict[str, Any] = {
 }
 
 
-def tiny_config(family: str) -> PreTrainedConfig:
-    """A configuration with two layers, four query and two KV heads of 16."""
+def tiny_config(family: str, *, head_dim: int = 16) -> PreTrainedConfig:
+    """A configuration with two layers, four query and two KV heads."""
+    sizes = _SIZES | {"hidden_size": _SIZES["num_attention_heads"] * head_dim}
     if family == "llama":
         scaling = {
             "rope_type": "llama3",
@@ -51,28 +51,32 @@ def tiny_config(family: str) -> PreTrainedConfig:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 128,
         }
-        return LlamaConfig(**_SIZES, head_dim=16, rope_parameters=scaling)
+        return LlamaConfig(**sizes, head_dim=head_dim, rope_parameters=scaling)
     if family == "qwen2":
-        return Qwen2Config(**_SIZES)
+        return Qwen2Config(**sizes)
     if family == "glm":
-        return GlmConfig(**_SIZES, head_dim=16)
+        return GlmConfig(**sizes, head_dim=head_dim)
     assert family == "phi3", family
     longrope = {
         "rope_type": "longrope",
         "rope_theta": 10_000.0,
-        "short_factor": [1.0] * 8,
-        "long_factor": [4.0] * 8,
+        "short_factor": [1.0] * (head_dim // 2),
+        "long_factor": [4.0] * (head_dim // 2),
         "original_max_position_embeddings": 128,
         "partial_rotary_factor": 1.0,
     }
-    return Phi3Config(**_SIZES, original_max_position_embeddings=128, rope_parameters=longrope)
+    return Phi3Config(**sizes, original_max_position_embeddings=128, rope_parameters=longrope)
 
 
-def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> LoadedModel:
+def tiny_model(
+    family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, head_dim: int = 16
+) -> LoadedModel:
     """A random model of a family, the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(
+            tiny_config(family, head_dim=head_dim), dtype=dtype
+        )
     return describe(model, f"tiny-{family}", random_weights=True)
 
 

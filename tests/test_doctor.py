@@ -15,6 +15,7 @@ from shadowkv_cli import diagnosis, environment
 from shadowkv_cli.bench import probes
 from shadowkv_cli.commands import doctor as command
 from shadowkv_cli.errors import UsageError
+from shadowkv_cli.ops import compiled
 
 app = typer.Typer()
 app.command()(command.doctor)
@@ -44,7 +45,8 @@ def test_everything_is_looked_at() -> None:
     assert expected | {"disk", "cache folder", "hub", "nltk punkt"} == checks.keys()
 
 
-def test_lines_for_people() -> None:
+def test_lines_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "ABSENT", "not built")
     result = CliRunner().invoke(app, ["--offline"])
     assert result.exit_code == 0
     assert "torch ops are used" in result.stdout
@@ -52,8 +54,9 @@ def test_lines_for_people() -> None:
 
 
 def test_what_is_required_and_missing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "PACKAGE_DIR", Path("/nowhere"))
+    monkeypatch.setattr(compiled, "ABSENT", "not built")
     assert report("--require", "kernels")[0] == 1
+    assert "make kernels" in report()[1]["kernels"]["advice"]
     code, _, missing = report("--require", "kernels,hub")
     assert (code, missing) == (1, ["kernels", "hub"])
 
@@ -74,9 +77,8 @@ def test_a_cpu_build_beside_a_driver_is_named(monkeypatch: pytest.MonkeyPatch) -
     assert "CUDA build" in check["advice"]
 
 
-def test_kernels_that_are_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "shadowkv_kernels.so").touch()
-    monkeypatch.setattr(environment, "PACKAGE_DIR", tmp_path)
+def test_kernels_that_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "ABSENT", "")
     code, checks, _ = report("--require", "kernels")
     assert (code, checks["kernels"]["state"]) == (0, "ok")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from shadowkv_cli import environment
+from shadowkv_cli.ops import compiled
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -42,6 +43,22 @@ def test_capture_is_stable_and_json() -> None:
     assert json.loads(json.dumps(first)) == environment.capture("cpu")
     assert first["device"] == "cpu"
     assert first["gpu"] is None
+
+
+@pytest.mark.parametrize(
+    ("absent", "ops"), [("", "compiled"), ("not built", "torch"), ("built, but (path)", "torch")]
+)
+def test_capture_names_what_serves_the_ops_of_a_gpu(
+    absent: str, ops: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert environment.capture("cpu")["kernels"] is None
+    (tmp_path / "library.so").write_bytes(b"code")
+    monkeypatch.setattr(environment, "gpu_facts", lambda device: {"name": "a GPU"})
+    monkeypatch.setattr(compiled, "ABSENT", absent)
+    monkeypatch.setattr(compiled, "LIBRARY", tmp_path / "library.so")
+    found = environment.capture("cuda")["kernels"]
+    assert found["ops"] == ops
+    assert "path" not in json.dumps(found)
 
 
 def test_capture_holds_nothing_private() -> None:

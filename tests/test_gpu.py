@@ -19,9 +19,12 @@ from shadowkv_cli.testing import FAMILIES, tiny_model
 pytestmark = pytest.mark.gpu
 NEW_TOKENS = 12
 
+# The compiled kernels serve heads of 64; the torch references those of 16.
+head_dims = pytest.mark.parametrize("head_dim", [16, 64])
 
-def on_gpu(family: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    loaded = tiny_model(family, dtype=dtype)
+
+def on_gpu(family: str, dtype: torch.dtype = torch.float32, head_dim: int = 16) -> LoadedModel:
+    loaded = tiny_model(family, dtype=dtype, head_dim=head_dim)
     return describe(loaded.model.to("cuda"), loaded.name, random_weights=True)
 
 
@@ -53,8 +56,11 @@ def test_full_attention_equals_generate(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("placement", ["device", "host"])
-def test_shadowkv_that_keeps_everything_equals_full(family: str, placement: str) -> None:
-    loaded, ids = on_gpu(family), prompt_of(301)
+@head_dims
+def test_shadowkv_that_keeps_everything_equals_full(
+    family: str, placement: str, head_dim: int
+) -> None:
+    loaded, ids = on_gpu(family, head_dim=head_dim), prompt_of(301)
     settings = {"rank": "32", "sparse_budget": "304", "dense_fallback": "never"}
     specs = build_specs(["full", f"shadowkv:value_placement={placement}"], settings)
     (full, shadow), session = answers(loaded, specs, ids)
@@ -65,21 +71,25 @@ def test_shadowkv_that_keeps_everything_equals_full(family: str, placement: str)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_method_answers_as_on_the_cpu(family: str) -> None:
+@head_dims
+def test_every_method_answers_as_on_the_cpu(family: str, head_dim: int) -> None:
     ids = prompt_of(403)
     methods = ["full", "shadowkv", "shadowkv:landmarks_per_chunk=2", "oracle", "random"]
     specs = build_specs([*methods, "streaming"], {"rank": "16", "sparse_budget": "64"})
-    gpu, _ = answers(on_gpu(family), specs, ids)
-    cpu, _ = answers(tiny_model(family), specs, ids)
+    gpu, _ = answers(on_gpu(family, head_dim=head_dim), specs, ids)
+    cpu, _ = answers(tiny_model(family, head_dim=head_dim), specs, ids)
     # Float32 products differ in the last bits, so a near-tie may flip an answer: not most of them.
     same = sum(a == b for a, b in zip(gpu, cpu, strict=True))
     assert same >= len(specs) - 1, (family, gpu, cpu)
 
 
 @pytest.mark.parametrize("buffers", ["value_buffer=4,key_buffer=2", "value_placement=host"])
-def test_where_chunks_are_held_changes_no_token(buffers: str) -> None:
+@head_dims
+def test_where_chunks_are_held_changes_no_token(buffers: str, head_dim: int) -> None:
     specs = build_specs(["shadowkv", f"shadowkv:{buffers}"], {"rank": "16", "sparse_budget": "32"})
-    (plain, other), _ = answers(on_gpu("qwen2", torch.bfloat16), specs, prompt_of(400), 40)
+    (plain, other), _ = answers(
+        on_gpu("qwen2", torch.bfloat16, head_dim), specs, prompt_of(400), 40
+    )
     assert plain == other
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shadowkv_cli.ops import compiled
 from shadowkv_cli.ops.library import check, define
 
 
@@ -54,4 +55,6 @@ def build_landmarks(keys: Tensor, chunk_size: int, per_chunk: int = 1) -> tuple[
         Landmarks [Hk, S // c, L, D] in the keys' dtype, and the smallest cosine similarity between
         a key and the mean of its chunk, float32 [Hk, S // c].
     """
+    if not compiled.serves(keys, keys.shape[-1]):
+        return _reference(keys, chunk_size, per_chunk)
     return torch.ops.shadowkv.build_landmarks(keys, chunk_size, per_chunk)

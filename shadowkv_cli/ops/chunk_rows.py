@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 
@@ -18,6 +20,8 @@ def gather_chunks(source: Tensor, *where: Tensor) -> Tensor:
     """
     *strides, unit, one = source.stride()
     assert one == 1, source.stride()
+    if source.shape[-2] == 1:
+        unit = math.gcd(*strides)  # the stride within a chunk of one token says nothing
     assert all(stride % unit == 0 for stride in strides), source.stride()
     steps = [stride // unit for stride in strides]
     last = sum((size - 1) * step for size, step in zip(source.shape, steps, strict=False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shadowkv_cli.ops import compiled
 from shadowkv_cli.ops.chunk_rows import gather_chunks
 from shadowkv_cli.ops.library import check, define
 
@@ -50,4 +51,8 @@ def fetch_values(
         misses: bool [R, Hk, N], true where a chunk is to be copied.
         buffer: [R, Hk, B, c, D], changed in place.
     """
-    torch.ops.shadowkv.fetch_values(values, prompt_index, ids, slots, misses, buffer)
+    arguments = (values, prompt_index, ids, slots, misses, buffer)
+    if compiled.serves_copies(values, buffer):
+        torch.ops.shadowkv.fetch_values(*arguments)
+    else:
+        _reference(*arguments)

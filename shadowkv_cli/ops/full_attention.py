@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shadowkv_cli.ops import compiled
 from shadowkv_cli.ops.library import check, define
 
 
@@ -64,4 +65,7 @@ def full_attention(
     Returns:
         [R, Hq, D].
     """
-    return torch.ops.shadowkv.full_attention(query, keys, values, prompt_index, lengths, scale)
+    arguments = (query, keys, values, prompt_index, lengths, scale)
+    if not compiled.serves(query, query.shape[-1], group=query.shape[1] // keys.shape[1]):
+        return _reference(*arguments)
+    return torch.ops.shadowkv.full_attention(*arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shadowkv_cli.ops import compiled
 from shadowkv_cli.ops.chunk_rows import gather_chunks
 from shadowkv_cli.ops.library import check, define
 from shadowkv_cli.ops.rotary import rotate
@@ -121,7 +122,7 @@ def rebuild_keys(
         interleaved: the pairing, as in `rotary.rotate`.
         buffer: [R, Hk, B, c, D], changed in place.
     """
-    torch.ops.shadowkv.rebuild_keys(
+    arguments = (
         coefficients,
         basis,
         prompt_index,
@@ -135,3 +136,7 @@ def rebuild_keys(
         interleaved,
         buffer,
     )
+    if compiled.serves(buffer, buffer.shape[-1]):
+        torch.ops.shadowkv.rebuild_keys(*arguments)
+    else:
+        _reference(*arguments)

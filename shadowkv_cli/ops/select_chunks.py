@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shadowkv_cli.ops import compiled
 from shadowkv_cli.ops.library import check, define
 
 
@@ -132,6 +133,16 @@ def select_chunks(
     Returns:
         int32 [R, Hk, N]: unique ids in ascending order, then -1 where fewer were wanted or exist.
     """
-    return torch.ops.shadowkv.select_chunks(
-        query, landmarks, prompt_index, num_chunks, excluded, budget_chunks, max_chunks, scale
+    arguments = (
+        query,
+        landmarks,
+        prompt_index,
+        num_chunks,
+        excluded,
+        budget_chunks,
+        max_chunks,
+        scale,
     )
+    if not compiled.serves(query, query.shape[-1], group=query.shape[1] // landmarks.shape[1]):
+        return _reference(*arguments)
+    return torch.ops.shadowkv.select_chunks(*arguments)

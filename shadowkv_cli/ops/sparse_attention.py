@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from shadowkv_cli.ops import compiled
 from shadowkv_cli.ops.chunk_rows import gather_chunks
 from shadowkv_cli.ops.library import check, define
 
@@ -159,6 +160,18 @@ def sparse_attention(
     Returns:
         [R, Hq, D], and the log-sum-exp of the scaled logits, float32 [R, Hq].
     """
-    return torch.ops.shadowkv.sparse_attention(
-        query, keys, values, key_slots, value_slots, lengths, capacities, chunk_size, scale
+    arguments = (
+        query,
+        keys,
+        values,
+        key_slots,
+        value_slots,
+        lengths,
+        capacities,
+        chunk_size,
+        scale,
     )
+    group = query.shape[1] // keys.shape[1]
+    if not compiled.serves(query, query.shape[-1], group=group, sections=len(capacities)):
+        return _reference(*arguments)
+    return torch.ops.shadowkv.sparse_attention(*arguments)

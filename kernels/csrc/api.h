@@ -1,0 +1,39 @@
+// The ops on the host: what shadowkv_cli/ops/ defines, one function an op, the same arguments.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <tuple>
+#include <vector>
+
+namespace shadowkv {
+
+using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor> build_landmarks(Tensor keys, int64_t chunk_size, int64_t per_chunk);
+
+Tensor select_chunks(Tensor query, Tensor landmarks, Tensor prompt_index, Tensor num_chunks,
+                     Tensor excluded, Tensor budget_chunks, int64_t max_chunks, double scale);
+
+std::tuple<Tensor, Tensor> update_residency(Tensor ids, Tensor step, Tensor chunk_of_slot,
+                                            Tensor last_used, Tensor slot_of_chunk);
+
+void fetch_values(Tensor values, Tensor prompt_index, Tensor ids, Tensor slots, Tensor misses,
+                  Tensor buffer);
+
+void rebuild_keys(Tensor coefficients, Tensor basis, Tensor prompt_index, Tensor rank, Tensor ids,
+                  Tensor slots, Tensor misses, Tensor cos, Tensor sin, Tensor table_index,
+                  bool interleaved, Tensor buffer);
+
+Tensor full_attention(Tensor query, Tensor keys, Tensor values, Tensor prompt_index, Tensor lengths,
+                      double scale);
+
+std::tuple<Tensor, Tensor> sparse_attention(Tensor query, Tensor keys, Tensor values,
+                                            Tensor key_slots, Tensor value_slots, Tensor lengths,
+                                            std::vector<int64_t> capacities, int64_t chunk_size,
+                                            double scale);
+
+}  // namespace shadowkv

@@ -1,0 +1,149 @@
+// Attention of one token a row on the tensor cores, split over the sequence.
+#pragma once
+
+#include "attention_params.cuh"
+
+namespace shadowkv {
+
+/// Grid [splits, Hk, R]: each warp takes tiles of 16 tokens, the next one on its way meanwhile.
+template <typename T, int D, typename Source>
+__global__ void __launch_bounds__(ATTENTION_WARPS * 32, 3)
+    attend_tiles(const __grid_constant__ AttentionParams<Source> p) {
+  constexpr int STRIDE = D + 8;  // rows 16 bytes apart in their banks
+  constexpr int WARP_BYTES = ATTENTION_WARP_BYTES<T, D>;
+  extern __shared__ __align__(16) char shared[];
+  __shared__ float2 totals[ATTENTION_WARPS][MAX_GROUP];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int head = blockIdx.y, r = blockIdx.z;
+  const auto row = p.source.row(r, head);
+  const int64_t plane = p.source.plane(r);
+  const T* keys = static_cast<const T*>(p.keys) + plane * p.key_plane + head * p.key_head;
+  const T* values = static_cast<const T*>(p.values) + plane * p.value_plane + head * p.value_head;
+  T* tiles = reinterpret_cast<T*>(shared + warp * WARP_BYTES);
+
+  uint32_t query[D / 16][4];  // A fragments; rows beyond the group are zeros
+  const T* queries = static_cast<const T*>(p.query) +
+                     (static_cast<int64_t>(r) * gridDim.y + head) * p.group * D;
+#pragma unroll
+  for (int k = 0; k < D / 16; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int g = lane / 4 + (i % 2) * 8, d = k * 16 + (lane % 4) * 2 + (i / 2) * 8;
+      query[k][i] = g < p.group ? *reinterpret_cast<const uint32_t*>(queries + g * D + d) : 0u;
+    }
+  }
+
+  const int count = row.count, num_tiles = (count + TILE - 1) / TILE;
+  const int step = gridDim.x * ATTENTION_WARPS;
+  auto find = [&](int tile) {
+    const int i = tile * TILE + lane;
+    return lane < TILE && tile < num_tiles && i < count ? row.at(i) : Place{-1, -1};
+  };
+  auto fetch = [&](int stage, Place place) {
+    T* key_tile = tiles + stage * 2 * TILE * STRIDE;
+    T* value_tile = key_tile + TILE * STRIDE;
+#pragma unroll
+    for (int i = lane; i < TILE * D / 8; i += 32) {
+      const int token = i / (D / 8), piece = i % (D / 8) * 8;
+      const int key = __shfl_sync(ALL_LANES, place.key, token);
+      const int value = __shfl_sync(ALL_LANES, place.value, token);
+      copy_async(key_tile + token * STRIDE + piece, keys + max(key, 0) * p.key_token + piece,
+                 key < 0 ? 0 : 16);
+      copy_async(value_tile + token * STRIDE + piece,
+                 values + max(value, 0) * p.value_token + piece, value < 0 ? 0 : 16);
+    }
+  };
+
+  float out[D / 8][4] = {};  // C fragments
+  float highest[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
+  int tile = blockIdx.x * ATTENTION_WARPS + warp;
+  Place place = find(tile);
+  unsigned live = __ballot_sync(ALL_LANES, place.key >= 0);
+  if (tile < num_tiles) fetch(0, place);
+  commit_copies();
+  place = find(tile + step);
+  for (int stage = 0; tile < num_tiles; tile += step, stage ^= 1) {
+    const unsigned next_live = __ballot_sync(ALL_LANES, place.key >= 0);
+    if (tile + step < num_tiles) fetch(stage ^ 1, place);
+    commit_copies();
+    place = find(tile + 2 * step);
+    wait_copies<1>();
+    __syncwarp();
+
+    const T* key_tile = tiles + stage * 2 * TILE * STRIDE;
+    const T* value_tile = key_tile + TILE * STRIDE;
+    float logits[2][4] = {};
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+      uint32_t b[4];
+      const int token = lane / 16 * 8 + lane % 8;
+      load_matrices(b, key_tile + token * STRIDE + k * 16 + lane / 8 % 2 * 8);
+      multiply_add<T>(logits[0], query[k], b[0], b[1]);
+      multiply_add<T>(logits[1], query[k], b[2], b[3]);
+    }
+    float tile_highest[2] = {highest[0], highest[1]};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int token = i / 4 * 8 + (lane % 4) * 2 + i % 2;
+      float& logit = logits[i / 4][i % 4];
+      logit = live >> token & 1 ? logit * p.scale : -INFINITY;
+      tile_highest[i / 2 % 2] = fmaxf(tile_highest[i / 2 % 2], logit);
+    }
+    float shrink[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float& most = tile_highest[half];
+      most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 1));
+      most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 2));
+      shrink[half] = weight(highest[half], most);
+      highest[half] = most;
+      total[half] *= shrink[half];
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float& logit = logits[i / 4][i % 4];
+      logit = weight(logit, highest[i / 2 % 2]);
+      total[i / 2 % 2] += logit;
+    }
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[n][i] *= shrink[i / 2];
+    }
+    const uint32_t weights[4] = {
+        pack<T>(logits[0][0], logits[0][1]), pack<T>(logits[0][2], logits[0][3]),
+        pack<T>(logits[1][0], logits[1][1]), pack<T>(logits[1][2], logits[1][3])};
+#pragma unroll
+    for (int n = 0; n < D / 16; ++n) {
+      uint32_t b[4];
+      const int token = lane / 8 % 2 * 8 + lane % 8;
+      load_matrices_transposed(b, value_tile + token * STRIDE + n * 16 + lane / 16 * 8);
+      multiply_add<T>(out[2 * n], weights, b[0], b[1]);
+      multiply_add<T>(out[2 * n + 1], weights, b[2], b[3]);
+    }
+    live = next_live;
+    __syncwarp();  // The next copies overwrite this stage.
+  }
+
+  wait_copies<0>();
+  __syncwarp();
+  float* sums = reinterpret_cast<float*>(tiles);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int g = lane / 4 + half * 8;
+    total[half] += __shfl_xor_sync(ALL_LANES, total[half], 1);
+    total[half] += __shfl_xor_sync(ALL_LANES, total[half], 2);
+    if (g < p.group) {
+      if (lane % 4 == 0) totals[warp][g] = make_float2(highest[half], total[half]);
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+        *reinterpret_cast<float2*>(sums + g * D + n * 8 + (lane % 4) * 2) =
+            make_float2(out[n][half * 2], out[n][half * 2 + 1]);
+      }
+    }
+  }
+  __syncthreads();
+  merge_warps<D, WARP_BYTES>(p, shared, totals);
+}
+
+}  // namespace shadowkv

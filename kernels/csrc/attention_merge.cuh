@@ -1,0 +1,33 @@
+// The splits of one query head become its output; a head that attends nothing gets zeros.
+#pragma once
+
+#include "common/block.cuh"
+
+namespace shadowkv {
+
+constexpr int MOST_SPLITS = 128;
+
+/// A block a query head, a thread a dimension. `lse` (natural logarithm) may be null.
+template <typename T, int D>
+__global__ void __launch_bounds__(D)
+    merge_splits(const float* sums, const float2* totals, int splits, T* out, float* lse) {
+  __shared__ float2 shared_totals[MOST_SPLITS];
+  const int64_t head = blockIdx.x;
+  const int d = threadIdx.x;
+  sums += head * splits * D + d;
+  for (int s = d; s < splits; s += D) shared_totals[s] = totals[head * splits + s];
+  __syncthreads();
+  float highest = -INFINITY;
+  for (int s = 0; s < splits; ++s) highest = fmaxf(highest, shared_totals[s].x);
+  float sum = 0, total = 0;
+#pragma unroll 8
+  for (int s = 0; s < splits; ++s) {
+    const float share = weight(shared_totals[s].x, highest);
+    sum += share * sums[static_cast<int64_t>(s) * D];
+    total += share * shared_totals[s].y;
+  }
+  out[head * D + d] = from_float<T>(total > 0 ? sum / total : 0.f);
+  if (lse && d == 0) lse[head] = (highest + log2f(total)) * 0.69314718056f;
+}
+
+}  // namespace shadowkv

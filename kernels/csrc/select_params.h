@@ -1,0 +1,35 @@
+// What the two kernels of select_chunks share.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace shadowkv {
+
+struct SelectParams {
+  const void* query;      // [R, Hq, D], contiguous
+  const void* landmarks;  // [P, Hk, C, L, D], contiguous from C on
+  int64_t landmark_prompt, landmark_head;
+  const int* prompt_index;  // [R]
+  const int* num_chunks;    // [R]
+  const bool* excluded;     // [R, Hk, C]
+  int64_t excluded_row, excluded_head;
+  const int* budget_chunks;  // [R]
+  int heads, group, chunks, per_chunk, max_chunks;
+  int segments, segment_chunks;  // a block of the first kernel scores a segment of the chunks
+  float scale;                   // holds log2 e: logits are in base 2
+  float* logits;                 // [R, Hq, C], minus infinity where a chunk is barred
+  float2* totals;                // [R, Hq, segments]: highest logit, sum of 2^(logit - highest)
+  uint32_t* keys;                // [R, Hk, C], or null where shared memory holds them
+  int* ids;                      // [R, Hk, N]
+};
+
+constexpr int SCORE_WARPS = 4;
+constexpr int SEGMENT = 512;                // landmarks
+constexpr int SCORE_STRIDE = SEGMENT + 8;   // query heads lie in banks of their own
+constexpr int MAX_QUERY_GROUP = 16;
+constexpr int SELECT_THREADS = 1024;
+constexpr int DIGITS = 2048;
+
+}  // namespace shadowkv

@@ -1,0 +1,230 @@
+"""How fast each compiled op is on a GPU, beside the bandwidth that was measured in the same run.
+
+    python -m shadowkv_cli.bench.op_speed --batch-size 1,8,14 --context-length 122880
+
+One layer of the Llama-3.1-8B shape: 8 KV heads, 4 query heads each, head dimension 128. A CUDA
+graph of 20 launches is replayed; each launch takes the next of several copies of its inputs, so
+that the second-level cache is cold. Batches whose inputs do not fit are left out, and said so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shadowkv_cli.bench import probes
+from shadowkv_cli.config import parse_token_count, split_list
+from shadowkv_cli.console import notice, print_json, print_table
+from shadowkv_cli.ops import cases, compiled
+from shadowkv_cli.ops.cases import Arguments, Sizes
+
+LAUNCHES, REPLAYS, EAGER = 20, 5, 3
+COLD_BYTES = 400e6
+"""Inputs rotate until that many bytes lie between two uses: several times an H100's cache."""
+
+MISSES = 0.4
+"""Share of the selected chunks that are fetched and rebuilt."""
+
+
+def sizes_of(rows: int, tokens: int, chunk_size: int, budget: int, rank: int) -> Sizes:
+    return Sizes(
+        rows=rows,
+        prompts=rows,
+        heads=8,
+        group=4,
+        dim=128,
+        chunks=tokens // chunk_size,
+        chunk_size=chunk_size,
+        wanted=budget // chunk_size,
+        slots=2 * budget // chunk_size,
+        rank=rank,
+        spare=0,
+        pairs=64,
+        fixed=(384, 32, 256),
+        poison=False,
+    )
+
+
+def moved_bytes(op: str, s: Sizes) -> float:
+    """Bytes that must be read and written once, indices left out."""
+    element, planes = 2, s.rows * s.heads
+    token = s.dim * element
+    missed = planes * s.wanted * s.chunk_size * MISSES
+    return {
+        "build_landmarks": s.heads * (s.tokens + s.chunks) * token,
+        "select_chunks": planes * s.chunks * (token * s.landmarks + 1),
+        "update_residency": planes * (s.wanted * 9 + s.slots * 8),
+        "fetch_values": 2 * missed * token,
+        "fetch_values (host)": missed * token,
+        "rebuild_keys": missed * (s.rank * element + token) + planes * s.rank * token,
+        "sparse_attention": 2 * planes * (sum(s.fixed) + s.wanted * s.chunk_size) * token,
+        "full_attention": 2 * planes * s.tokens * token,
+    }[op]
+
+
+def input_bytes(op: str, s: Sizes) -> float:
+    """Bytes of one copy of the arguments on the GPU, roughly."""
+    token, planes = s.dim * 2, s.rows * s.heads
+    buffers = planes * (sum(s.fixed) + s.slots * s.chunk_size) * token
+    return {
+        "build_landmarks": s.heads * s.tokens * token,
+        "fetch_values": planes * s.tokens * token + buffers,
+        "fetch_values (host)": buffers,
+        "rebuild_keys": s.rows * s.tokens * s.rank * 2 + buffers,
+        "sparse_attention": 2 * buffers,
+        "full_attention": 2 * planes * s.tokens * token,
+    }.get(op, moved_bytes(op, s))
+
+
+def make(op: str, s: Sizes) -> Arguments:
+    if op.startswith("fetch_values"):
+        return cases.fetch_arguments(s, pinned=op != "fetch_values", share=MISSES)
+    if op == "rebuild_keys":
+        return cases.rebuild_arguments(s, share=MISSES)
+    return cases.ARGUMENTS[op](s)
+
+
+def graph_ms(run: Callable[[int], Any]) -> float:
+    """Median milliseconds of one launch, of replays of a graph of `LAUNCHES`."""
+    run(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(LAUNCHES):
+            run(i)
+    return event_ms(graph.replay, REPLAYS) / LAUNCHES
+
+
+def event_ms(work: Callable[[], Any], repeats: int) -> float:
+    """Median milliseconds of a piece of work, by CUDA events, after one that is not counted."""
+    times = []
+    for _ in range(repeats + 1):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[1:])
+
+
+def measure(op: str, s: Sizes, peak_gb_s: float, bus_gb_s: float) -> dict[str, Any]:
+    """One row of the table: the op's time, bandwidth and share of the peak; the torch time."""
+    name = op.partition(" ")[0]
+    kernel = getattr(torch.ops.shadowkv, name)
+    reference = importlib.import_module(f"shadowkv_cli.ops.{name}")._reference
+    first = make(op, s)
+    inputs = [first]
+    copies = 1 + int(COLD_BYTES // input_bytes(op, s)) if "residency" not in op else 1
+    for _ in range(min(copies, LAUNCHES) - 1):
+        # Values in host memory are shared: the bus has no cache.
+        inputs.append({k: _copy(v) for k, v in first.items()})
+    if name == "update_residency":
+        kernel_ms = residency_ms(s)
+    else:
+        kernel_ms = graph_ms(lambda i: kernel(*inputs[i % len(inputs)].values()))
+    torch_ms = event_ms(lambda: reference(*first.values()), EAGER)
+    speed = moved_bytes(op, s) / kernel_ms / 1e6
+    return {
+        "op": op,
+        "batch_size": s.rows,
+        "ms": kernel_ms,
+        "torch_ms": torch_ms,
+        "mb": moved_bytes(op, s) / 1e6,
+        "gb_s": speed,
+        "share_of_peak": speed / (bus_gb_s if "host" in op else peak_gb_s),
+    }
+
+
+def _copy(value: Any) -> Any:
+    """A copy on the GPU with the same strides; what lies elsewhere is shared."""
+    if not (isinstance(value, Tensor) and value.is_cuda):
+        return value
+    size = 1 + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
+    return value.new_empty(size).as_strided(value.shape, value.stride()).copy_(value)
+
+
+def residency_ms(s: Sizes) -> float:
+    """Steps in which the share `MISSES` of the chunks is new, one after the other."""
+    tables = cases.residency_arguments(s)
+    ids, new = [tables["ids"]], int(MISSES * s.wanted)
+    generator = s.generator()
+    for _ in range(LAUNCHES - 1):
+        mixed = torch.rand(s.rows, s.heads, s.chunks, generator=generator, device=s.device)
+        mixed.scatter_(2, ids[-1][..., new:].long(), 2.0)
+        ids.append(mixed.topk(s.wanted).indices.sort(-1).values.to(torch.int32))
+    held = [tables[key] for key in ("chunk_of_slot", "last_used", "slot_of_chunk")]
+    steps = [tables["step"] + i for i in range(LAUNCHES)]
+    return graph_ms(lambda i: torch.ops.shadowkv.update_residency(ids[i], steps[i], *held))
+
+
+def measure_all(sizes: Sequence[Sizes]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Every op at every size that fits, and the peaks of this run in GB/s."""
+    device = torch.device("cuda")
+    peak = probes.measure(device, ())
+    bus = peak.h2d_gb_s or 1.0
+    rows = []
+    for s in sizes:
+        ops = [*cases.ARGUMENTS, "fetch_values (host)"]
+        for op in sorted(ops):
+            if op == "build_landmarks" and s is not sizes[0]:
+                continue  # one prompt at a time, whatever the batch
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info(device)
+            # Random numbers are drawn in float32 before they are rounded.
+            if input_bytes(op, s) * 2.6 > free:
+                notice(f"{op} at batch {s.rows} does not fit.")
+                continue
+            rows.append(measure(op, s, peak.memory_read_gb_s, bus))
+    return rows, {"memory_read_gb_s": peak.memory_read_gb_s, "h2d_gb_s": bus}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--batch-size", default="1,8,14")
+    parser.add_argument("--context-length", default="122880")
+    parser.add_argument("--chunk-size", type=int, default=8)
+    parser.add_argument("--budget", type=int, default=2048)
+    parser.add_argument("--rank", type=int, default=160)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    if compiled.ABSENT or not torch.cuda.is_available():
+        parser.error(f"a GPU and the kernels are needed; kernels: {compiled.ABSENT or 'here'}")
+    tokens = parse_token_count(args.context_length)
+    sizes = [
+        sizes_of(int(batch), tokens, args.chunk_size, args.budget, args.rank)
+        for batch in split_list([args.batch_size])
+    ]
+    rows, peaks = measure_all(sizes)
+    name = torch.cuda.get_device_name()
+    if args.json:
+        print_json({"device": name, **peaks, "context_length": tokens, "results": rows})
+        return
+    table = [
+        [
+            r["op"],
+            str(r["batch_size"]),
+            f"{r['ms']:.4f}",
+            f"{r['torch_ms']:.3f}",
+            f"{r['mb']:.1f}",
+            f"{r['gb_s']:.0f}",
+            f"{100 * r['share_of_peak']:.1f}%",
+        ]
+        for r in rows
+    ]
+    columns = ["op", "batch", "ms", "torch ms", "MB", "GB/s", "of peak"]
+    notes = [
+        f"Peaks of this run: memory read {peaks['memory_read_gb_s']:.0f} GB/s, bus "
+        f"{peaks['h2d_gb_s']:.1f} GB/s (of which host rows are a share). Misses: {MISSES:.0%}."
+    ]
+    print_table(f"One layer on {name}, {tokens:,} tokens", columns, table, notes)
+
+
+if __name__ == "__main__":
+    main()

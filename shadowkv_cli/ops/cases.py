@@ -1,0 +1,300 @@
+"""Random arguments of every op, unequal rows included: for tests, benchmarks and users' checks."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Arguments = dict[str, Any]
+"""In the order of the op's schema."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a case; see `shadowkv_cli.ops` for the letters.
+
+    Attributes:
+        rows, prompts, heads, group, dim: R, P, Hk, G, D.
+        chunks, chunk_size, landmarks: C, c, L.
+        wanted: N, chunks that a row may select.
+        slots: B, of a buffer.
+        rank: r, the most that a row uses; tensors hold `spare` columns more.
+        pairs: rotated pairs of dimensions, E.
+        fixed: tokens of each section of the fixed part.
+        poison: whether what must not be read is NaN, and rows are unequal.
+    """
+
+    rows: int = 3
+    prompts: int = 2
+    heads: int = 2
+    group: int = 4
+    dim: int = 64
+    chunks: int = 40
+    chunk_size: int = 8
+    landmarks: int = 1
+    wanted: int = 6
+    slots: int = 9
+    rank: int = 32
+    spare: int = 8
+    pairs: int = 32
+    interleaved: bool = False
+    fixed: tuple[int, ...] = (10, 7, 12)
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "cuda"
+    poison: bool = True
+    seed: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.chunks * self.chunk_size
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(self.seed)
+
+    def normal(self, g: torch.Generator, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, device=self.device).to(self.dtype)
+
+    def ints(self, g: torch.Generator, low: int, high: int, *shape: int) -> Tensor:
+        """int32 from low to high inclusive; without poison all are the highest."""
+        if not self.poison:
+            return torch.full(shape, high, dtype=torch.int32, device=self.device)
+        return torch.randint(
+            low, high + 1, shape, generator=g, device=self.device, dtype=torch.int32
+        )
+
+    def prompt_index(self, g: torch.Generator) -> Tensor:
+        """int32 [R]: each prompt its row, or any where there are more rows."""
+        if self.rows == self.prompts:
+            return torch.arange(self.rows, dtype=torch.int32, device=self.device)
+        return torch.randint(
+            self.prompts, (self.rows,), generator=g, device=self.device, dtype=torch.int32
+        )
+
+
+def random_sizes(seed: int, **fixed: Any) -> Sizes:
+    """Any sizes that the kernels serve, small enough for a loop over rows."""
+    draw = random.Random(seed)
+    dim, wanted = draw.choice((64, 96, 128)), draw.choice((1, 5, 8, 33, 70))
+    landmarks = draw.choice((1, 1, 2, 4))
+    values: dict[str, Any] = {
+        "rows": draw.choice((1, 2, 5, 8)),
+        "prompts": draw.choice((1, 2, 3)),
+        "heads": draw.choice((1, 2, 3, 8)),
+        "group": draw.choice((1, 2, 3, 4, 5, 7, 8, 12, 16)),
+        "dim": dim,
+        "chunks": wanted + draw.randrange(0, 90),
+        "chunk_size": landmarks * draw.choice((1, 2, 3, 5, 8, 16)),
+        "landmarks": landmarks,
+        "wanted": wanted,
+        "slots": wanted + draw.randrange(0, 3 * wanted),
+        "rank": draw.choice((1, 3, 16, 17, 31, 32, 40, 97, 160)),
+        "spare": draw.choice((0, 1, 3, 8)),
+        "pairs": draw.choice((dim // 2, dim // 4, 7)),
+        "interleaved": draw.random() < 0.5,
+        "fixed": tuple(draw.randrange(0, 40) for _ in range(3)),
+        "dtype": draw.choice((torch.bfloat16, torch.float16, torch.float32)),
+        "seed": seed,
+    }
+    return Sizes(**(values | fixed))
+
+
+def selection(s: Sizes, g: torch.Generator, among: int) -> Tensor:
+    """Ascending unique ids [R, Hk, N] below `among`, then -1; row 0 has all, the last row none."""
+    order = torch.rand(s.rows, s.heads, among, generator=g, device=s.device)
+    ids = order.argsort(-1)[..., : s.wanted].sort(-1).values
+    counts = s.ints(g, 0, s.wanted, s.rows, s.heads)
+    if s.poison:
+        counts[0] = s.wanted
+        counts[1:][-1:] = 0
+    place = torch.arange(s.wanted, device=s.device)
+    return ids.masked_fill(place >= counts[..., None], -1).to(torch.int32)
+
+
+def slots_for(s: Sizes, g: torch.Generator, ids: Tensor) -> Tensor:
+    """Distinct slots in any order for the ids there are, int32 [R, Hk, N]."""
+    order = torch.rand(s.rows, s.heads, s.slots, generator=g, device=s.device)
+    slots = order.argsort(-1)[..., : s.wanted]
+    return slots.masked_fill(ids < 0, -1).to(torch.int32)
+
+
+def misses_of(s: Sizes, g: torch.Generator, ids: Tensor, share: float = 0.6) -> Tensor:
+    """bool [R, Hk, N]: all of row 0, none of row 1 where there are more than two."""
+    drawn = torch.rand(ids.shape, generator=g, device=s.device) < share
+    if s.poison:
+        drawn[0] = True
+        if s.rows > 2:
+            drawn[1] = False
+    return drawn & (ids >= 0)
+
+
+def empty_buffer(s: Sizes) -> Tensor:
+    """NaN [R, Hk, B, c, D], a view behind the fixed part of an address space."""
+    size = (s.rows, s.heads, sum(s.fixed) + s.slots * s.chunk_size, s.dim)
+    space = torch.full(size, math.nan, dtype=s.dtype, device=s.device)
+    return space[:, :, sum(s.fixed) :].unflatten(2, (-1, s.chunk_size))
+
+
+def landmark_arguments(s: Sizes) -> Arguments:
+    keys = s.normal(s.generator(), s.tokens + s.chunk_size - 1, s.heads, s.dim)
+    return {
+        "keys": keys.transpose(0, 1),
+        "chunk_size": s.chunk_size,
+        "per_chunk": s.landmarks,
+    }
+
+
+def select_arguments(s: Sizes) -> Arguments:
+    g = s.generator()
+    landmarks = s.normal(g, s.prompts, s.heads, s.chunks, s.landmarks, s.dim)
+    num = s.ints(g, 0, s.chunks, s.rows)
+    excluded = torch.rand(s.rows, s.heads, s.chunks, generator=g, device=s.device) < 0.2
+    if s.poison:
+        num[0] = s.chunks
+        excluded[0, 0, : s.chunks // 2] = True
+        excluded[1:][-1:] = True
+        landmarks[:, :, s.chunks - 1] = math.nan
+        excluded[:, :, s.chunks - 1] = True
+    return {
+        "query": s.normal(g, s.rows, s.heads * s.group, s.dim),
+        "landmarks": landmarks,
+        "prompt_index": s.prompt_index(g),
+        "num_chunks": num,
+        "excluded": excluded,
+        "budget_chunks": s.ints(g, 0, s.wanted, s.rows),
+        "max_chunks": s.wanted,
+        "scale": s.dim**-0.5,
+    }
+
+
+def residency_arguments(s: Sizes, step: int = 1) -> Arguments:
+    g = s.generator()
+
+    def table(size: int) -> Tensor:
+        return torch.full((s.rows, s.heads, size), -1, dtype=torch.int32, device=s.device)
+
+    return {
+        "ids": selection(s, g, s.chunks),
+        "step": torch.full((s.rows,), step, dtype=torch.int32, device=s.device),
+        "chunk_of_slot": table(s.slots),
+        "last_used": table(s.slots),
+        "slot_of_chunk": table(s.chunks),
+    }
+
+
+def fetch_arguments(s: Sizes, *, pinned: bool = False, share: float = 0.6) -> Arguments:
+    g = s.generator()
+    values = s.normal(g, s.prompts, s.heads, s.tokens + 5, s.dim)
+    if pinned:
+        values = values.cpu().pin_memory()
+    ids = selection(s, g, s.chunks)
+    return {
+        "values": values[:, :, : s.tokens].unflatten(2, (-1, s.chunk_size)),
+        "prompt_index": s.prompt_index(g),
+        "ids": ids,
+        "slots": slots_for(s, g, ids),
+        "misses": misses_of(s, g, ids, share),
+        "buffer": empty_buffer(s),
+    }
+
+
+def rebuild_arguments(s: Sizes, share: float = 0.6) -> Arguments:
+    g = s.generator()
+    coefficients = s.normal(g, s.prompts, s.tokens, s.rank + s.spare)
+    basis = s.normal(g, s.prompts, s.heads, s.rank + s.spare, s.dim) * s.rank**-0.5
+    rank = s.ints(g, 1, s.rank, s.rows)
+    if s.poison:
+        coefficients[..., int(rank.max()) :] = math.nan
+        basis[:, :, s.rank :] = math.nan
+    angle = torch.rand(2, s.tokens + 3, 2 * s.pairs, generator=g, device=s.device) * 6
+    ids = selection(s, g, s.chunks)
+    return {
+        "coefficients": coefficients[..., : s.rank],
+        "basis": basis[:, :, : s.rank],
+        "prompt_index": s.prompt_index(g),
+        "rank": rank,
+        "ids": ids,
+        "slots": slots_for(s, g, ids),
+        "misses": misses_of(s, g, ids, share),
+        "cos": angle.cos().to(s.dtype)[..., : s.pairs],
+        "sin": angle.sin().to(s.dtype)[..., : s.pairs],
+        "table_index": s.ints(g, 0, 1, s.prompts),
+        "interleaved": s.interleaved,
+        "buffer": empty_buffer(s),
+    }
+
+
+def full_arguments(s: Sizes) -> Arguments:
+    g = s.generator()
+    lengths = s.ints(g, 0, s.tokens, s.rows)
+    if s.poison:
+        lengths[0] = s.tokens
+        lengths[1:][-1:] = 0
+        lengths[2:][:1] = 1
+    keys, values = (s.normal(g, s.prompts, s.heads, s.tokens + 3, s.dim) for _ in range(2))
+    if s.poison:
+        keys[:, :, s.tokens :] = math.nan
+        values[:, :, s.tokens :] = math.nan
+    return {
+        "query": s.normal(g, s.rows, s.heads * s.group, s.dim),
+        "keys": keys,
+        "values": values,
+        "prompt_index": s.prompt_index(g),
+        "lengths": lengths,
+        "scale": s.dim**-0.5,
+    }
+
+
+def sparse_arguments(s: Sizes) -> Arguments:
+    g = s.generator()
+    fixed, size = sum(s.fixed), (s.rows, s.heads, sum(s.fixed) + s.slots * s.chunk_size, s.dim)
+    ids = selection(s, g, s.chunks)
+    slots = [slots_for(s, g, ids) for _ in range(2)]
+    capacities = torch.tensor(s.fixed, device=s.device)
+    lengths = s.ints(g, 0, 1 << 20, s.rows, len(s.fixed)) % (capacities + 1)
+    if not s.poison:
+        lengths = capacities.expand(s.rows, -1)
+    lengths[1:][-1:] = 0
+    spaces = []
+    for places in slots:
+        space = s.normal(g, *size)
+        if s.poison:
+            unused = torch.ones(size[:3], dtype=torch.bool, device=s.device)
+            start = 0
+            for section, capacity in enumerate(s.fixed):
+                place = torch.arange(capacity, device=s.device)
+                unused[:, :, start : start + capacity] = (place >= lengths[:, section, None])[
+                    :, None
+                ]
+                start += capacity
+            for r, h, n in (places >= 0).nonzero().tolist():
+                first = fixed + int(places[r, h, n]) * s.chunk_size
+                unused[r, h, first : first + s.chunk_size] = False
+            space.masked_fill_(unused[..., None], math.nan)
+        spaces.append(space)
+    return {
+        "query": s.normal(g, s.rows, s.heads * s.group, s.dim),
+        "keys": spaces[0],
+        "values": spaces[1],
+        "key_slots": slots[0],
+        "value_slots": slots[1],
+        "lengths": lengths.to(torch.int32).contiguous(),
+        "capacities": list(s.fixed),
+        "chunk_size": s.chunk_size,
+        "scale": s.dim**-0.5,
+    }
+
+
+ARGUMENTS = {
+    "build_landmarks": landmark_arguments,
+    "fetch_values": fetch_arguments,
+    "full_attention": full_arguments,
+    "rebuild_keys": rebuild_arguments,
+    "select_chunks": select_arguments,
+    "sparse_attention": sparse_arguments,
+    "update_residency": residency_arguments,
+}

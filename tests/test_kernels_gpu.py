@@ -1,0 +1,353 @@
+"""Each compiled op against its torch reference on a CUDA device. Run by `make test-gpu`.
+
+The reference is called by name: in float32 for what is exact, in the kernel's dtype for what is
+allowed, since a kernel may be twice as wrong. What only moves data must be equal to the bit.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shadowkv_cli import ops
+from shadowkv_cli.ops import cases, compiled
+from shadowkv_cli.ops.cases import Sizes, random_sizes
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+GRID = [
+    Sizes(device=DEVICE),
+    Sizes(device=DEVICE, dtype=FP16, dim=128, group=1, heads=8, pairs=64, rank=160),
+    Sizes(device=DEVICE, dtype=FP32, dim=96, group=3, pairs=48, interleaved=True),
+    Sizes(device=DEVICE, dim=96, group=5, chunk_size=3, rank=3, spare=1, pairs=24),
+    Sizes(device=DEVICE, dim=128, group=7, landmarks=2, chunk_size=2, rank=17, spare=0, pairs=5),
+    Sizes(device=DEVICE, dtype=FP16, group=16, landmarks=4, chunk_size=64, fixed=(0, 0, 0)),
+    Sizes(device=DEVICE, dtype=FP32, dim=128, group=16, chunk_size=1, chunks=600, wanted=300,
+          slots=700, rows=2, prompts=1),
+    Sizes(device=DEVICE, rows=24, prompts=24, heads=8, dim=128, pairs=64, wanted=40, slots=80,
+          chunks=1100, rank=160),
+    Sizes(device=DEVICE, rows=1, prompts=1, heads=1, group=2, wanted=1, slots=1, chunks=1,
+          chunk_size=1, rank=1),
+    Sizes(device=DEVICE, rows=4, prompts=1, group=12, chunk_size=37, chunks=70, fixed=(0, 3)),
+]  # fmt: skip
+SIZES = [*GRID, *(random_sizes(seed, device=DEVICE) for seed in range(16))]
+
+
+def case_name(sizes: Sizes) -> str:
+    return f"{str(sizes.dtype)[6:]}-d{sizes.dim}-g{sizes.group}-c{sizes.chunk_size}-{sizes.seed}"
+
+
+every_size = pytest.mark.parametrize("sizes", SIZES, ids=case_name)
+every_op = pytest.mark.parametrize("name", cases.ARGUMENTS)
+
+
+def reference(name: str, arguments: dict[str, Any]) -> Any:
+    return importlib.import_module(f"shadowkv_cli.ops.{name}")._reference(*arguments.values())
+
+
+def kernel(name: str, arguments: dict[str, Any]) -> Any:
+    """The compiled op, its outputs in memory that held NaN or ones before."""
+    freed = [torch.full((size,), math.nan, device=DEVICE) for size in (64, 4096, 1 << 18, 1 << 22)]
+    freed += [torch.full((size,), 0x7F, dtype=torch.uint8, device=DEVICE) for size in (64, 4096)]
+    del freed
+    return getattr(torch.ops.shadowkv, name)(*arguments.values())
+
+
+def copied(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same with tensors of their own, strides kept."""
+
+    def own(x: Tensor) -> Tensor:
+        storage = torch.empty_like(x, memory_format=torch.preserve_format)
+        if storage.stride() != x.stride():
+            size = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+            storage = x.new_empty(size).as_strided(x.shape, x.stride())
+        return storage.copy_(x)
+
+    return {k: own(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+
+
+def in_float32(arguments: dict[str, Any]) -> dict[str, Any]:
+    def wide(v: Any) -> Any:
+        return v.float() if isinstance(v, Tensor) and v.is_floating_point() else v
+
+    return {k: wide(v) for k, v in arguments.items()}
+
+
+def assert_close(found: Tensor, plain: Tensor, exact: Tensor, case: object) -> None:
+    """At most twice as wrong as the reference in the same dtype, plus an ulp of the largest."""
+    assert found.shape == exact.shape, case
+    assert found.dtype == plain.dtype, case
+    if not exact.numel():
+        return
+    rounding = max(torch.finfo(found.dtype).eps, 4e-6)
+    floor = float(exact.abs().max()) * rounding
+    error, allowed = (float((x.float() - exact).abs().max()) for x in (found, plain))
+    assert error <= 2 * allowed + floor, (case, error, allowed)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def test_the_kernels_are_there() -> None:
+    assert compiled.ABSENT == ""
+
+
+@every_size
+def test_build_landmarks(sizes: Sizes) -> None:
+    arguments = cases.landmark_arguments(sizes)
+    found, plain = kernel("build_landmarks", arguments), reference("build_landmarks", arguments)
+    exact = reference("build_landmarks", in_float32(arguments))
+    assert_close(found[0], plain[0], exact[0], sizes)
+    assert torch.allclose(found[1], exact[1], atol=1e-5), sizes
+
+
+def best_of_group(arguments: dict[str, Any]) -> Tensor:
+    """float32 [R, Hk, C]: the scores that select; minus infinity where a chunk is barred."""
+    wide = in_float32(arguments)
+    beyond = torch.arange(wide["excluded"].shape[2], device=DEVICE) >= wide["num_chunks"][:, None]
+    barred = (wide["excluded"] | beyond[:, None])[:, :, None]
+    module = importlib.import_module("shadowkv_cli.ops.select_chunks")
+    scores = module.landmark_scores(
+        wide["query"], wide["landmarks"], wide["prompt_index"], wide["scale"]
+    )
+    scores = scores.masked_fill(barred, -math.inf).log_softmax(-1)
+    return scores.masked_fill(barred, -math.inf).amax(2)
+
+
+@every_size
+def test_select_chunks(sizes: Sizes) -> None:
+    """Unique, ascending, as many as exist, none below the k-th by more than an epsilon."""
+    arguments = cases.select_arguments(sizes)
+    ids, scores = kernel("select_chunks", arguments), best_of_group(arguments)
+    assert ids.shape == (sizes.rows, sizes.heads, sizes.wanted)
+    for r in range(sizes.rows):
+        for h in range(sizes.heads):
+            own, row = scores[r, h], ids[r, h].tolist()
+            found = [c for c in row if c >= 0]
+            allowed = int((own > -math.inf).sum())
+            where = (sizes, r, h)
+            assert row == found + [-1] * (sizes.wanted - len(found)), where
+            assert found == sorted(set(found)), where
+            assert len(found) == min(int(arguments["budget_chunks"][r]), allowed), where
+            if found:
+                kth = float(own.sort(descending=True).values[len(found) - 1])
+                lowest = float(own[torch.tensor(found, device=DEVICE)].min())
+                assert lowest >= kth - 1e-4 * max(1.0, abs(kth)), where
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("chunks", [10, 3000, 40_000])
+def test_select_chunks_gives_ties_to_the_lower_id(chunks: int, dtype: torch.dtype) -> None:
+    """Above 20,480 chunks the keys are in global memory."""
+    sizes = Sizes(rows=2, prompts=1, heads=1, chunks=chunks, wanted=7, dtype=dtype, device=DEVICE,
+                  poison=False)  # fmt: skip
+    arguments = cases.select_arguments(sizes)
+    arguments["landmarks"] = torch.ones_like(arguments["landmarks"])
+    arguments["excluded"] = torch.zeros_like(arguments["excluded"])
+    arguments["excluded"][:, :, 2] = True
+    assert kernel("select_chunks", arguments).tolist() == [[[0, 1, 3, 4, 5, 6, 7]]] * 2
+
+
+@every_size
+def test_update_residency(sizes: Sizes) -> None:
+    """Equal to the bit over steps, with rows that may use fewer slots than there are."""
+    tables = cases.residency_arguments(sizes)
+    beyond = (
+        torch.arange(sizes.slots, device=DEVICE)
+        >= sizes.wanted + torch.arange(sizes.rows, device=DEVICE)[:, None]
+    )
+    tables["last_used"].masked_fill_(beyond[:, None], torch.iinfo(torch.int32).max)
+    theirs = copied(tables)
+    for step in range(1, 6):
+        now = cases.residency_arguments(replace(sizes, seed=sizes.seed + step), step)
+        for side in (tables, theirs):
+            side |= {"ids": now["ids"], "step": now["step"]}
+        found, wanted = kernel("update_residency", tables), reference("update_residency", theirs)
+        for a, b in zip(found, wanted, strict=True):
+            assert torch.equal(a, b), (sizes, step)
+        for key in ("chunk_of_slot", "last_used", "slot_of_chunk"):
+            assert torch.equal(tables[key], theirs[key]), (sizes, step, key)
+
+
+@every_size
+@pytest.mark.parametrize("pinned", [False, True])
+def test_fetch_values(sizes: Sizes, pinned: bool) -> None:
+    arguments = cases.fetch_arguments(sizes, pinned=pinned and DEVICE == "cuda")
+    theirs = copied(arguments)
+    kernel("fetch_values", arguments)
+    reference("fetch_values", theirs)
+    assert same_bits(arguments["buffer"], theirs["buffer"]), sizes
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float64], ids=str)
+@pytest.mark.parametrize("dim", [2, 5, 16])
+def test_fetch_values_moves_any_bytes(dtype: torch.dtype, dim: int) -> None:
+    arguments = cases.fetch_arguments(Sizes(dim=dim, chunk_size=3, dtype=dtype, device=DEVICE))
+    theirs = copied(arguments)
+    kernel("fetch_values", arguments)
+    reference("fetch_values", theirs)
+    assert same_bits(arguments["buffer"], theirs["buffer"])
+
+
+@every_size
+def test_rebuild_keys(sizes: Sizes) -> None:
+    arguments = cases.rebuild_arguments(sizes)
+    plain, exact = copied(arguments), in_float32(copied(arguments))
+    kernel("rebuild_keys", arguments)
+    reference("rebuild_keys", plain)
+    reference("rebuild_keys", exact)
+    written = ~exact["buffer"].isnan()
+    assert torch.equal(~arguments["buffer"].isnan(), written), "only missing chunks are written"
+    found, plain, exact = (x["buffer"][written] for x in (arguments, plain, exact))
+    assert_close(found, plain, exact, sizes)
+
+
+@every_size
+def test_full_attention(sizes: Sizes) -> None:
+    arguments = cases.full_arguments(sizes)
+    found, plain = kernel("full_attention", arguments), reference("full_attention", arguments)
+    exact = reference("full_attention", in_float32(arguments))
+    some = arguments["lengths"] > 0
+    assert_close(found[some], plain[some], exact[some], sizes)
+    assert not found[~some].any(), "a row of no tokens is zeros"
+
+
+@every_size
+def test_sparse_attention(sizes: Sizes) -> None:
+    arguments = cases.sparse_arguments(sizes)
+    found, plain = kernel("sparse_attention", arguments), reference("sparse_attention", arguments)
+    exact = reference("sparse_attention", in_float32(arguments))
+    fixed = (arguments["lengths"].sum(1) > 0)[:, None]
+    some = (fixed | (arguments["key_slots"] >= 0).any(2)).repeat_interleave(sizes.group, 1)
+    assert_close(found[0][some], plain[0][some], exact[0][some], sizes)
+    assert torch.allclose(found[1][some], exact[1][some], rtol=1e-5, atol=1e-5), sizes
+    assert not found[0][~some].any()
+    assert (found[1][~some] == -math.inf).all()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_neither_slots_nor_other_rows_change_a_bit(dtype: torch.dtype) -> None:
+    sizes = Sizes(rows=4, wanted=40, slots=60, dim=128, dtype=dtype, device=DEVICE)
+    arguments = cases.sparse_arguments(sizes)
+    expected = kernel("sparse_attention", arguments)
+    moved, fixed = dict(arguments), sum(sizes.fixed)
+    for name, slots in (("keys", "key_slots"), ("values", "value_slots")):
+        space, old = arguments[name], arguments[slots]
+        order = torch.randperm(sizes.slots, device=DEVICE)
+        buffer = space[:, :, fixed:].unflatten(2, (-1, sizes.chunk_size))
+        larger = torch.full_like(buffer, math.nan).repeat(1, 1, 2, 1, 1)
+        larger[:, :, order + 3] = buffer
+        moved[name] = torch.cat((space[:, :, :fixed], larger.flatten(2, 3)), 2)
+        new = order[old.clamp_min(0).long()] + 3
+        moved[slots] = new.masked_fill(old < 0, -1).to(torch.int32)
+    for a, b in zip(kernel("sparse_attention", moved), expected, strict=True):
+        assert same_bits(a, b)
+    alone = {k: v[2:3] if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    for a, b in zip(kernel("sparse_attention", alone), expected, strict=True):
+        assert same_bits(a, b[2:3])
+
+
+def outputs(name: str, arguments: dict[str, Any]) -> list[Tensor]:
+    """What an op returns, and its tensors that it may have changed."""
+    found = kernel(name, arguments)
+    returned = [] if found is None else [found] if isinstance(found, Tensor) else list(found)
+    return [*returned, *(v for v in arguments.values() if isinstance(v, Tensor))]
+
+
+@every_op
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_a_graph_serves_other_inputs(name: str, dtype: torch.dtype) -> None:
+    """Captured once, replayed with other tensors in the same places."""
+    sizes = Sizes(rows=5, dtype=dtype, device=DEVICE)
+    make = cases.ARGUMENTS[name]
+    static, second = make(sizes), make(replace(sizes, seed=7))
+    outputs(name, copied(static))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = getattr(torch.ops.shadowkv, name)(*static.values())
+    for key, value in second.items():
+        if isinstance(value, Tensor):
+            static[key].copy_(value)
+    graph.replay()
+    returned = [] if captured is None else [captured]
+    returned = list(captured) if isinstance(captured, (tuple, list)) else returned
+    found = [*returned, *(v for v in static.values() if isinstance(v, Tensor))]
+    for a, b in zip(found, outputs(name, second), strict=True):
+        assert same_bits(a, b), name
+
+
+def test_a_graph_fetches_from_the_host() -> None:
+    sizes = Sizes(rows=5, device=DEVICE)
+    arguments = cases.fetch_arguments(sizes, pinned=True)
+    theirs = copied(arguments)
+    ops.fetch_values(**copied(arguments) | {"values": arguments["values"]})
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.fetch_values(**arguments)
+    arguments["values"].neg_()
+    theirs["values"].neg_()
+    graph.replay()
+    reference("fetch_values", theirs)
+    assert same_bits(arguments["buffer"], theirs["buffer"])
+
+
+@every_op
+def test_opcheck(name: str) -> None:
+    arguments = cases.ARGUMENTS[name](Sizes(device=DEVICE, poison=False))
+    if "buffer" in arguments:
+        arguments["buffer"].zero_()
+    torch.library.opcheck(getattr(torch.ops.shadowkv, name).default, tuple(arguments.values()))
+
+
+def test_what_is_not_compiled_runs_on_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    compiled._say_once.cache_clear()
+    arguments = cases.full_arguments(Sizes(dim=80, poison=False, device=DEVICE))
+    with pytest.raises(RuntimeError, match="head dimension 80"):
+        kernel("full_attention", arguments)
+    for _ in range(2):
+        found = ops.full_attention(**arguments)
+    assert same_bits(found, reference("full_attention", arguments))
+    assert capsys.readouterr().err.count("head dimension of 80") == 1
+
+
+def test_values_that_are_not_pinned_are_refused_by_the_kernel_alone() -> None:
+    arguments = cases.fetch_arguments(Sizes(device=DEVICE))
+    arguments["values"] = arguments["values"].cpu()
+    with pytest.raises(RuntimeError, match="pinned"):
+        kernel("fetch_values", arguments)
+    theirs = copied(arguments)
+    ops.fetch_values(**arguments)
+    reference("fetch_values", theirs)
+    assert same_bits(arguments["buffer"], theirs["buffer"])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("full_attention", {"lengths": lambda x: x[:2]}, "lengths must be"),
+        ("full_attention", {"keys": lambda x: x.float()}, "keys must have the dtype"),
+        ("sparse_attention", {"key_slots": lambda x: x.long()}, "key_slots must be int32"),
+        ("select_chunks", {"excluded": lambda x: x[:, :, :5]}, "excluded must be"),
+        ("update_residency", {"last_used": lambda x: x[..., :2].clone()}, "last_used must be"),
+        ("rebuild_keys", {"basis": lambda x: x[:, :, :5]}, "basis must be"),
+        ("fetch_values", {"misses": lambda x: x.int()}, "misses must be bool"),
+        ("build_landmarks", {"per_chunk": lambda x: 3}, "do not divide"),
+    ],
+)
+def test_refusals_name_the_tensor(name: str, change: dict[str, Any], words: str) -> None:
+    arguments = cases.ARGUMENTS[name](Sizes(device=DEVICE))
+    for key, alter in change.items():
+        arguments[key] = alter(arguments[key])
+    with pytest.raises(RuntimeError, match=words):
+        kernel(name, arguments)
