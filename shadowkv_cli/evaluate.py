@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,14 @@ def choose_samples(config: EvalConfig, dataset: Dataset) -> Work:
         raise UsageError(f"{dataset.path} holds no sample of what was asked for.")
     for sample in samples:
         check_metric(sample)
-    return Work(samples)
+    return Work([_shortened(sample, config.max_new_tokens) for sample in samples])
+
+
+def _shortened(sample: Sample, most: int | None) -> Sample:
+    """The sample with room for an answer of at most so many tokens."""
+    if most is None or sample.max_new_tokens <= most:
+        return sample
+    return replace(sample, max_new_tokens=most, length=sample.prompt_tokens + most)
 
 
 def find_missing(work: Work, specs: Sequence[MethodSpec], done: Mapping[str, set[str]]) -> None:
@@ -178,6 +185,7 @@ def run_identity(config: EvalConfig, loaded: LoadedModel, dataset: Dataset) -> d
         "data": dataset.manifest["suite"],
         "data_fingerprint": dataset.fingerprint(),
         "allow_tokenizer_mismatch": config.allow_tokenizer_mismatch,
+        **({"max_new_tokens": config.max_new_tokens} if config.max_new_tokens else {}),
     }
 
 
@@ -241,6 +249,10 @@ def open_run(config: EvalConfig, kind: RunKind, ready: Ready) -> RunFolder:
     notes, flags = data_notes(dataset, loaded)
     if ready.tokenizer_differs:
         notes.append("The data were fitted with another tokenizer than the model's.")
+    if config.max_new_tokens:
+        notes.append(
+            f"Answers were cut at {config.max_new_tokens} tokens where the benchmark allows more."
+        )
     for note in notes:
         notice(note)
     return RunFolder.open(
@@ -264,6 +276,7 @@ def open_run(config: EvalConfig, kind: RunKind, ready: Ready) -> RunFolder:
 def evaluate_loaded(config: EvalConfig, kind: RunKind, ready: Ready, run: RunFolder) -> Outcome:
     """Answer what has no row yet, sample by sample, and append the rows."""
     from shadowkv_cli.answering import Answerer
+    from shadowkv_cli.side_by_side import Question, answer_all
 
     started = time.monotonic()
     work = ready.work
@@ -285,19 +298,19 @@ def evaluate_loaded(config: EvalConfig, kind: RunKind, ready: Ready, run: RunFol
         tokenizer_mismatch=ready.tokenizer_differs,
     )
     tokens, missing = 0, 0
+    run.record_environment(num_workers=config.num_workers)
     recorded: set[str] = set()  # at once, so that a killed run has it too
     with progress(f"{kind} {config.model.name}", len(work.samples)) as bar:
         bar.skip(finished)
-        for sample in todo:
-            wanted = work.missing[sample.id]
-            new, generated = answerer.answer(sample, wanted, passes.get(sample.id, 0))
-            run.append("predictions", new)
-            tokens += generated
-            missing += len({r["cell"] for r in new if r["error"] is not None})
-            if answerer.backends_used > recorded:
-                recorded = set(answerer.backends_used)
+        questions = [Question(s, work.missing[s.id], passes.get(s.id, 0)) for s in todo]
+        for answered in answer_all(answerer, questions, config.model, config.num_workers):
+            run.append("predictions", answered.rows)
+            tokens += answered.generated_tokens
+            missing += len({r["cell"] for r in answered.rows if r["error"] is not None})
+            if not answered.backends <= recorded:
+                recorded |= answered.backends
                 run.record_environment(attention_backend=sorted(recorded))
-            rate = tokens / (time.monotonic() - started)
+            sample, rate = answered.question.sample, tokens / (time.monotonic() - started)
             bar.advance(detail=f"{sample.task} {sample.context_length}, {rate:.0f} tokens/s")
     return Outcome(config.output, missing, time.monotonic() - started)
 

@@ -259,6 +259,26 @@ class DataOptions:
     ] = False
 
 
+@dataclass(frozen=True)
+class AnswerOptions(DataOptions):
+    """The same, how long answers may be, and how many processes give them."""
+
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Cut answers at so many tokens, fewer than the data allow; noted."
+        ),
+    ] = None
+    num_workers: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Processes that answer samples side by side, each with a model of its own; "
+            "several GPUs are shared out.",
+        ),
+    ] = 1
+
+
 BatchSizeOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -305,7 +325,7 @@ class TimingOptions:
 def eval_config(
     kind: str,
     model: ModelOptions,
-    data: DataOptions,
+    data: AnswerOptions,
     specs: Sequence[MethodSpec],
     run: RunOptions,
 ) -> EvalConfig:
@@ -324,4 +344,6 @@ def eval_config(
         allow_tokenizer_mismatch=data.allow_tokenizer_mismatch,
         fresh=run.fresh,
         command=run.command,
+        max_new_tokens=data.max_new_tokens,
+        num_workers=data.num_workers,
     )

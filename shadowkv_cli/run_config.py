@@ -50,8 +50,15 @@ class EvalConfig:
     allow_tokenizer_mismatch: bool = False
     fresh: bool = False
     command: tuple[str, ...] = ()
+    max_new_tokens: int | None = None
+    num_workers: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                option = "--" + name.replace("_", "-")
+                raise UsageError(f"{option} must be at least 1, not {value}.")
         if self.num_samples is not None and self.num_samples < 1:
             raise UsageError(f"--num-samples must be at least 1, not {self.num_samples}.")
 

@@ -178,11 +178,13 @@ def drop_the_tail(patch: Patch) -> None:
 def never_see_the_tail(patch: Patch) -> None:
     """Generated tokens that are kept and not attended, but for the one that attends."""
 
-    def lengths(self: SparseGroup) -> Tensor:
-        self.section_lengths[:, 2] = self.seen.clamp(max=1)
-        return self.section_lengths
+    see = SparseGroup.see
 
-    patch.setattr(SparseGroup, "lengths", lengths)
+    def blind(self: SparseGroup, seen: Tensor) -> None:
+        see(self, seen)
+        self.section_lengths[:, 2] = seen.clamp(max=1)
+
+    patch.setattr(SparseGroup, "see", blind)
 
 
 MISTAKES: tuple[Callable[[Patch], None], ...] = (

@@ -7,7 +7,7 @@ import typer
 from shadowkv_cli.console import format_duration, notice
 from shadowkv_cli.errors import EXIT_INCOMPLETE
 from shadowkv_cli.option_groups import (
-    DataOptions,
+    AnswerOptions,
     MethodOptions,
     ModelOptions,
     RunOptions,
@@ -18,7 +18,7 @@ from shadowkv_cli.option_groups import (
 
 @spread
 def eval_command(
-    model: ModelOptions, data: DataOptions, methods: MethodOptions, run: RunOptions
+    model: ModelOptions, data: AnswerOptions, methods: MethodOptions, run: RunOptions
 ) -> None:
     """Score methods on a dataset: every sample is prefilled once, all methods decode it together.
 

@@ -10,8 +10,8 @@ from shadowkv_cli.config import FullSpec
 from shadowkv_cli.console import format_duration, notice
 from shadowkv_cli.errors import EXIT_INCOMPLETE, UsageError
 from shadowkv_cli.option_groups import (
+    AnswerOptions,
     BatchSizeOption,
-    DataOptions,
     MethodOptions,
     ModelOptions,
     RunOptions,
@@ -27,7 +27,7 @@ from shadowkv_cli.run_config import SweepConfig
 def sweep(
     *,
     model: ModelOptions,
-    data: DataOptions,
+    data: AnswerOptions,
     methods: MethodOptions,
     timing: TimingOptions,
     one_at_a_time: Annotated[

@@ -23,6 +23,10 @@ class Row:
     prompt_index: int
 
 
+Places = tuple[Tensor, Tensor, Tensor]
+"""Row, token and place behind the prompt of each token of a step, int64 [M]."""
+
+
 def as_index(places: Sequence[int], device: torch.device) -> slice | Tensor:
     """Places in a batch: a slice, which copies nothing, where they are neighbours."""
     first, last = places[0], places[-1]
@@ -70,9 +74,9 @@ class Group(ABC):
         part.prompt_index = self.prompt_index[index]
         part.generated = self.generated[index]
         part.counts = self.counts[index]
-        part.seen = part.generated
         part.row_index = self.row_index[: len(rows)]
         part.take_rows(rows, index)
+        part.see(part.generated)
         return part
 
     @abstractmethod
@@ -102,9 +106,20 @@ class Group(ABC):
         assert self.used <= self.new_tokens, f"room for {self.new_tokens} generated tokens is used"
         self.counts = torch.ones_like(self.generated) if counts is None else counts
         self.generated += self.counts
+        self._places: dict[int, Places] = {}
+        self.see(self.generated)
 
-    def places(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Row, token and place behind the prompt of each token of the running step, int64 [M]."""
+    def see(self, seen: Tensor) -> None:
+        """Set how many generated tokens the attending token of each row sees: int32 [R]."""
+        self.seen = seen
+
+    def places(self, tokens: int) -> Places:
+        """Where the tokens of the running step go, the same in every layer."""
+        if tokens not in self._places:
+            self._places[tokens] = self._find_places(tokens)
+        return self._places[tokens]
+
+    def _find_places(self, tokens: int) -> Places:
         if tokens == 1:
             return self.row_index, torch.zeros_like(self.row_index), (self.generated - 1).long()
         token = torch.arange(tokens, device=self.counts.device)
@@ -125,11 +140,10 @@ class Group(ABC):
         behind a row's own count means nothing.
         """
         if q.shape[2] == 1:
-            self.seen = self.generated
             return self.attend_token(layer, q[:, :, 0], scale)[:, :, None]
         out = torch.empty_like(q)
         for token in range(q.shape[2]):
-            self.seen = self.generated - (self.counts - 1 - token).clamp_min(0)
+            self.see(self.generated - (self.counts - 1 - token).clamp_min(0))
             out[:, :, token] = self.attend_token(layer, q[:, :, token], scale)
         return out
 

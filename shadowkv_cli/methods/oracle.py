@@ -21,7 +21,7 @@ class OracleGroup(ExactGroup):
         chunks = torch.arange(scores.shape[-1], device=q.device)
         barred = (chunks >= self.num_chunks[:, None])[:, None, None]
         scores = scores.masked_fill(barred, float("-inf"))
-        others, _ = fixed_scores(q, self.keys[layer], self.lengths(), self.capacities)
+        others, _ = fixed_scores(q, self.keys[layer], self.section_lengths, self.capacities)
         total = torch.logaddexp(scores.logsumexp(-1), (others * scale).logsumexp(-1))
         shares = (scores - total[..., None]).amax(2)
         return top_chunks(shares, self.budget_chunks, self.max_chunks)

@@ -95,6 +95,7 @@ class SparseGroup(Group):
 
         self.budget_chunks, self.num_chunks = per_row(), per_row()
         self.section_lengths = torch.zeros(count, 3, dtype=torch.int32, device=device)
+        """Tokens in use of each fixed section: outliers, local, generated."""
         self.key_slot_counts, self.value_slot_counts = per_row(), per_row()
         self.row_kept: list[Kept] = kept
         self.fetched = torch.zeros(new_tokens + 1, count, dtype=torch.int64, device=device)
@@ -114,11 +115,11 @@ class SparseGroup(Group):
         )
         self.budget_chunks = self.budget_chunks[index]
         self.num_chunks = self.num_chunks[index]
-        self.section_lengths = self.section_lengths[index]
+        self.section_lengths = self.section_lengths[index].clone()
         self.key_slot_counts = self.key_slot_counts[index]
         self.value_slot_counts = self.value_slot_counts[index]
-        self.fetched = self.fetched[:, index]
-        self.selected = self.selected[:, index]
+        self.fetched = self.fetched[:, index].contiguous()
+        self.selected = self.selected[:, index].contiguous()
 
     def kept(self, spec: SparseSpec, prompt_tokens: int) -> Kept:
         """What the method attends of a prompt; selected, outlier and local tokens."""
@@ -198,27 +199,26 @@ class SparseGroup(Group):
             self.values[layer],
             key_slots,
             value_slots,
-            self.lengths(),
+            self.section_lengths,
             self.capacities,
             self.chunk_size,
             scale,
         )
         return out
 
-    def lengths(self) -> Tensor:
-        """Tokens in use of each fixed section, int32 [R, 3]."""
-        self.section_lengths[:, 2] = self.seen
-        return self.section_lengths
-
     def _place(self, table: Residency, ids: Tensor) -> tuple[Tensor, Tensor]:
         return ops.update_residency(
             ids, self.seen, table.chunk_of_slot, table.last_used, table.slot_of_chunk
         )
 
+    def see(self, seen: Tensor) -> None:
+        super().see(seen)
+        self.section_lengths[:, 2] = seen
+        self._counter = seen.long() * len(self.rows) + self.row_index
+
     def _count(self, ids: Tensor, misses: Tensor) -> None:
-        now = (self.seen.long(), self.row_index)
-        self.fetched[now] += misses.sum((1, 2))
-        self.selected[now] += (ids >= 0).sum((1, 2))
+        for counts, true in ((self.fetched, misses), (self.selected, ids >= 0)):
+            counts.view(-1).index_add_(0, self._counter, true.sum((1, 2)))
 
     def reset(self) -> None:
         super().reset()

@@ -114,15 +114,15 @@ class Session:
         self._all_parts, self._padded = list(parts), padded
         self._decode(self._all_parts)
 
-    def _decode(self, parts: Sequence[tuple[list[int], Group]]) -> None:
-        """Decode these groups from now on; their rows, in order, are the batch."""
+    def _decode(self, parts: Sequence[tuple[list[int], Group]], *, in_order: bool = True) -> None:
+        """Decode these groups from now on; the batch is their rows in order, or group by group."""
         self._parts = list(parts)
         prompts: dict[int, int] = {}
         for rows, group in parts:
             for index, row in enumerate(rows):
                 self._holders[row] = (group, index)
                 prompts[row] = group.rows[index].prompt_index
-        self.batch = sorted(prompts)
+        self.batch = sorted(prompts) if in_order else list(prompts)
         place = {row: i for i, row in enumerate(self.batch)}
         device = self.loaded.device
         self.decoding = [([place[row] for row in rows], group) for rows, group in parts]
@@ -141,7 +141,7 @@ class Session:
             elif still:
                 parts.append(([rows[index] for index in still], group.subset(still)))
         if parts != self._parts:
-            self._decode(parts)
+            self._decode(parts, in_order=False)
 
     def set_prompt(self, prompt: Prompt) -> None:
         """Take note of a prompt's length, give it a rotary table, and let the methods get ready."""

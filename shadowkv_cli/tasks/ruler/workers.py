@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import wait
 
 from shadowkv_cli.errors import ShadowKVError
+from shadowkv_cli.processes import make_pool, submit
 from shadowkv_cli.tasks.rows import Sample
 from shadowkv_cli.tasks.ruler.draws import Workbench
 from shadowkv_cli.tasks.ruler.fit import Calibration
@@ -59,34 +55,12 @@ _bench: Workbench | None = None
 
 def _start_worker(tokenizer: TokenizerName, wrapper: Wrapper, sources: Sources, seed: int) -> None:
     global _bench
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _bench = Workbench(tokenizer.load(), wrapper, sources, seed)
-
-
-def _end_with_parent() -> None:
-    """End this worker when the main process was killed, which could not end it itself."""
-    parent = parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
 
 
 def _run(job: Job) -> Sample:
     assert _bench is not None, "the worker was not started"
     return make_sample(_bench, job.task, job.context_length, job.index, job.calibration)
-
-
-def _submit(pool: ProcessPoolExecutor, job: Job) -> Future[Sample]:
-    """Give a job to the pool, which may start a worker: one that never hears of Ctrl-C.
-
-    That goes to the main process, which ends the workers.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return pool.submit(_run, job)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def make_samples(
@@ -97,17 +71,12 @@ def make_samples(
         for job in jobs:
             yield make_sample(bench, job.task, job.context_length, job.index, job.calibration)
         return
-    pool = ProcessPoolExecutor(
-        num_workers,
-        # A fork would copy the threads of libraries in whatever state they are.
-        mp_context=get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(tokenizer, bench.wrapper, bench.sources, bench.seed),
-    )
+    start = (tokenizer, bench.wrapper, bench.sources, bench.seed)
+    pool = make_pool(num_workers, _start_worker, start)
     try:
         waiting: deque[Future[Sample]] = deque()
         for job in jobs:
-            waiting.append(_submit(pool, job))
+            waiting.append(submit(pool, _run, job))
             if len(waiting) >= AHEAD * num_workers:
                 yield waiting.popleft().result()
         while waiting:

@@ -1,0 +1,160 @@
+"""Samples answered in several processes, this one among them; the GPUs are shared out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, Any
+
+from shadowkv_cli.config import MethodSpec
+from shadowkv_cli.environment import usable_cores
+from shadowkv_cli.errors import ShadowKVError
+from shadowkv_cli.processes import make_pool, submit
+from shadowkv_cli.rowlog import Row
+from shadowkv_cli.run_config import ModelChoice
+from shadowkv_cli.tasks.rows import Sample
+
+if TYPE_CHECKING:
+    from shadowkv_cli.answering import Answerer
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A sample, the cells that are to answer it, and the number of its first prefill."""
+
+    sample: Sample
+    cells: Sequence[MethodSpec]
+    first_pass: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """What came of a question."""
+
+    question: Question
+    rows: list[Row]
+    generated_tokens: int
+    backends: frozenset[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """What a worker needs to answer as this process does."""
+
+    choice: ModelChoice
+    room: int
+    tokenizer_mismatch: bool
+    threads: int
+    devices: int
+
+
+_answerer: Answerer | None = None
+
+
+def _start_worker(start: _Start, numbers: Any) -> None:
+    global _answerer
+    import torch
+
+    from shadowkv_cli.answering import Answerer
+    from shadowkv_cli.evaluate import tokenizer_of
+    from shadowkv_cli.model.loading import load_model
+
+    torch.set_num_threads(start.threads)
+    choice = start.choice
+    if start.devices:
+        choice = dataclasses.replace(choice, device=f"cuda:{numbers.get() % start.devices}")
+    _answerer = Answerer(
+        load_model(choice),
+        tokenizer_of(choice),
+        backend=choice.backend,
+        room=start.room,
+        tokenizer_mismatch=start.tokenizer_mismatch,
+    )
+
+
+def _answer(question: Question) -> Answered:
+    assert _answerer is not None, "the worker was not started"
+    return ask(_answerer, question)
+
+
+def ask(answerer: Answerer, question: Question) -> Answered:
+    """Answer in this process."""
+    rows, tokens = answerer.answer(question.sample, question.cells, question.first_pass)
+    return Answered(question, rows, tokens, frozenset(answerer.backends_used))
+
+
+def answer_all(
+    answerer: Answerer, questions: Sequence[Question], choice: ModelChoice, num_workers: int
+) -> Generator[Answered, None, None]:
+    """Yield the answers as they are there; with one worker in the order of the questions.
+
+    Args:
+        answerer: of this process, which is one of the workers.
+        choice: the model that the others load. `cuda` and `auto` share out all GPUs; `cuda:N`
+            keeps everyone on that one.
+        num_workers: processes, this one included.
+
+    Raises:
+        ShadowKVError: full attention failed, or a worker died.
+    """
+    others = min(num_workers, len(questions)) - 1
+    if others < 1:
+        yield from (ask(answerer, question) for question in questions)
+        return
+    import torch
+
+    on_gpu = answerer.loaded.device.type == "cuda"
+    spread = on_gpu and choice.device in ("auto", "cuda")
+    start = _Start(
+        choice=choice,
+        room=answerer.room,
+        tokenizer_mismatch=answerer.tokenizer_mismatch,
+        threads=max(1, usable_cores() // num_workers),
+        devices=torch.cuda.device_count() if spread else 0,
+    )
+    numbers = get_context("spawn").Queue()
+    for number in range(others):
+        numbers.put(number + 1)  # this process has the first GPU
+    pool = make_pool(others, _start_worker, (start, numbers))
+    try:
+        with _threads(start.threads):
+            yield from _share(answerer, list(questions), pool, others)
+    except BrokenProcessPool as error:
+        raise ShadowKVError(
+            "A worker process ended unexpectedly (out of memory?): run the same command again with "
+            "a smaller --num-workers; what was written is kept."
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _threads(count: int) -> Generator[None, None, None]:
+    """Use fewer threads in this process for a while."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _share(
+    answerer: Answerer, waiting: list[Question], pool: ProcessPoolExecutor, others: int
+) -> Generator[Answered, None, None]:
+    """Keep each other worker busy with one question and another in reserve; do the rest here."""
+    waiting.reverse()
+    running: set[Future[Answered]] = set()
+    while waiting or running:
+        while waiting and len(running) < 2 * others:
+            running.add(submit(pool, _answer, waiting.pop()))
+        if waiting:
+            yield ask(answerer, waiting.pop())
+        done, running = wait(running, timeout=0 if waiting else None, return_when=FIRST_COMPLETED)
+        yield from (future.result() for future in done)
