@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from shadowkv_cli.config import FullSpec, MethodSpec, SparseSpec
 from shadowkv_cli.errors import ShadowKVError
+from shadowkv_cli.run_config import ModelChoice
 from shadowkv_cli.tasks.metrics import score
 from shadowkv_cli.tasks.rows import Sample
-from shadowkv_cli.tasks.tokenization import encode_prompt
+from shadowkv_cli.tasks.tokenization import encode_prompt, load_tokenizer
 
 if TYPE_CHECKING:
     from shadowkv_cli.model.loading import LoadedModel
@@ -18,6 +19,16 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 FULL = FullSpec()
+
+
+def tokenizer_of(choice: ModelChoice) -> Any:
+    """Load the model's tokenizer. Raises ShadowKVError with the way out where that fails."""
+    return load_tokenizer(
+        choice.name,
+        revision=choice.revision,
+        trust_remote_code=choice.trust_remote_code,
+        offline=choice.offline,
+    )
 
 
 class Answerer:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shadowkv_cli.answering import tokenizer_of
 from shadowkv_cli.console import notice, progress
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.evaluate import (
@@ -13,7 +14,6 @@ from shadowkv_cli.evaluate import (
     data_notes,
     environment_of,
     model_notes,
-    tokenizer_of,
 )
 from shadowkv_cli.results import MANIFEST, RunFolder, check_place, read_run
 from shadowkv_cli.rowlog import Row

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from shadowkv_cli.answering import tokenizer_of
 from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec, SparseSpec
 from shadowkv_cli.console import format_bytes, format_duration, print_json
 from shadowkv_cli.errors import UsageError
-from shadowkv_cli.evaluate import check_tokenizer, choose_samples, find_missing, tokenizer_of
+from shadowkv_cli.evaluate import check_tokenizer, choose_samples, find_missing
 from shadowkv_cli.results import done_cells, read_run
 from shadowkv_cli.run_config import BenchConfig, BenchSettings, EvalConfig, ModelChoice, SweepConfig
 from shadowkv_cli.tasks.rows import Dataset

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shadowkv_cli.answering import tokenizer_of
 from shadowkv_cli.catalogue.models import MODELS
 from shadowkv_cli.config import MethodSpec
 from shadowkv_cli.console import notice, progress
 from shadowkv_cli.environment import capture
 from shadowkv_cli.errors import UsageError, unknown_name
 from shadowkv_cli.results import MANIFEST, RunFolder, RunKind, check_place, done_cells, read_run
-from shadowkv_cli.run_config import EvalConfig, ModelChoice
+from shadowkv_cli.run_config import EvalConfig
 from shadowkv_cli.tasks.metrics import check_metric
 from shadowkv_cli.tasks.rows import Dataset, Sample
 
@@ -93,18 +94,6 @@ def find_missing(work: Work, specs: Sequence[MethodSpec], done: Mapping[str, set
         elif lacking and full:
             lacking = [*full, *lacking]
         work.missing[sample.id] = lacking
-
-
-def tokenizer_of(choice: ModelChoice) -> Any:
-    """Load the model's tokenizer. Raises ShadowKVError with the way out where that fails."""
-    from shadowkv_cli.tasks.tokenization import load_tokenizer
-
-    return load_tokenizer(
-        choice.name,
-        revision=choice.revision,
-        trust_remote_code=choice.trust_remote_code,
-        offline=choice.offline,
-    )
 
 
 def check_tokenizer(dataset: Dataset, tokenizer: Any, name: str, *, allowed: bool = False) -> bool:

@@ -59,8 +59,7 @@ def _start_worker(start: _Start, numbers: Any) -> None:
     global _answerer
     import torch
 
-    from shadowkv_cli.answering import Answerer
-    from shadowkv_cli.evaluate import tokenizer_of
+    from shadowkv_cli.answering import Answerer, tokenizer_of
     from shadowkv_cli.model.loading import load_model
 
     torch.set_num_threads(start.threads)

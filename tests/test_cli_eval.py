@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -220,3 +221,56 @@ def test_interrupt_says_how_to_go_on(command: list[str], tmp_path, capsys, monke
     monkeypatch.setattr(answering.Answerer, "answer", interrupt)
     assert run([*command, "--output", str(tmp_path / "r"), "--rank", "8"]) == 130
     assert "run the same command again" in capsys.readouterr().err
+
+
+def test_several_processes_give_the_rows_of_one(
+    command: list[str], finished: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "shared"
+    arguments = ["--method", METHODS, *SMALL, "--num-workers", "3", "--output", str(path)]
+    assert run([*command, *arguments]) == 0
+    assert read_run(path).manifest["environment"]["num_workers"] == 3
+
+    def by_place(rows: list[dict]) -> dict[tuple, dict]:
+        return {(r["id"], r["cell"]): r for r in stable(rows)}
+
+    assert by_place(rows_of(path)) == by_place(rows_of(finished))
+
+
+def test_a_worker_that_dies_is_one_line_and_loses_nothing(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "died"
+    arguments = [*command, *SMALL, "--num-workers", "2", "--output", str(path)]
+
+    def kill_workers() -> None:
+        for child in active_children():
+            os.kill(child.pid, signal.SIGKILL)
+
+    answer = answering.Answerer.answer
+    with pytest.MonkeyPatch.context() as patch:
+
+        def answer_and_kill(self, *args):
+            kill_workers()
+            return answer(self, *args)
+
+        patch.setattr(answering.Answerer, "answer", answer_and_kill)
+        assert run(arguments) == 1
+    err = capsys.readouterr().err
+    assert "smaller --num-workers" in err.splitlines()[-1], err
+    kept = len({r["id"] for r in rows_of(path)})
+    assert 0 < kept < 6
+    assert run(arguments) == 0
+    assert len({r["id"] for r in rows_of(path)}) == 6
+
+
+def test_answers_can_be_cut(command: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "short"
+    arguments = [*command, "--method", "full", "--output", str(path)]
+    assert run([*arguments, "--max-new-tokens", "5"]) == 0
+    rows = rows_of(path)
+    assert {r["generated_tokens"] for r in rows} == {5}
+    assert all(r["finish"] == "length" for r in rows)
+    assert any("cut at 5 tokens" in note for note in read_run(path).manifest["notes"])
+    assert run(arguments) == 2, "a run with other limits is another run"
+    assert run([*arguments, "--max-new-tokens", "0"]) == 2

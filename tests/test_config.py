@@ -11,7 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shadowkv_cli.cells import build_specs, grid
+from shadowkv_cli.cells import build_specs, grid, one_at_a_time
 from shadowkv_cli.config import (
     SPECS,
     FullSpec,
@@ -541,3 +541,15 @@ def test_a_dense_answer_costs_what_full_attention_costs() -> None:
 def test_sinks_are_part_of_what_streaming_attends() -> None:
     """Streaming keeps as many tokens as ShadowKV: its spec says so."""
     assert StreamingSpec().keeps(5000) == ShadowKVSpec().keeps(5000)
+
+
+def test_one_setting_at_a_time_makes_a_star() -> None:
+    axes = {"sparse_budget": ["128", "32", "64"], "rank": ["96", "16"], "chunk_size": ["8"]}
+    cells = one_at_a_time(["full", "shadowkv", "oracle:sparse_budget=64"], axes)
+    shadow = [c for c in cells if isinstance(c, ShadowKVSpec)]
+    found = [(str(c.sparse_budget), c.rank, c.chunk_size) for c in shadow]
+    assert found == [("128", 96, 8), ("32", 96, 8), ("64", 96, 8), ("128", 16, 8)]
+    assert [c.name for c in cells if c.name != "shadowkv"] == ["full", "oracle"]
+    assert set(cells) <= set(grid(["full", "shadowkv", "oracle:sparse_budget=64"], axes))
+    with pytest.raises(UsageError, match="no effect"):
+        one_at_a_time(["full"], axes)

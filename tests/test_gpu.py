@@ -61,7 +61,8 @@ def test_shadowkv_that_keeps_everything_equals_full(
     family: str, placement: str, head_dim: int
 ) -> None:
     loaded, ids = on_gpu(family, head_dim=head_dim), prompt_of(301)
-    settings = {"rank": "32", "sparse_budget": "304", "dense_fallback": "never"}
+    # Full rank: both KV heads side by side.
+    settings = {"rank": str(2 * head_dim), "sparse_budget": "304", "dense_fallback": "never"}
     specs = build_specs(["full", f"shadowkv:value_placement={placement}"], settings)
     (full, shadow), session = answers(loaded, specs, ids)
     assert shadow == full

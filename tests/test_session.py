@@ -114,6 +114,30 @@ def test_a_row_alone_gives_the_tokens_it_gives_in_a_sweep() -> None:
     assert len({tuple(t) for t in together}) > 1, "the cells differ"
 
 
+def test_rows_that_end_leave_the_others_as_they_were() -> None:
+    """Answers of unequal lengths: the batch shrinks, tokens and audits are those of rows alone."""
+    loaded, ids = tiny_model("llama"), prompt_of(403)
+    specs = build_specs(["full", "oracle", "random", "streaming", *CELLS], {})
+    together, whole = answers(loaded, specs, ids, 24)
+    limits = [4 + (7 * i) % 21 for i in range(len(specs))]
+    session = Session(loaded, specs, prompt_tokens=403, new_tokens=24)
+    first = session.prefill(ids, key="a").argmax(-1).expand(len(specs))
+    widths = []
+    step = session.decode_step
+    session.decode_step = lambda tokens: widths.append(len(tokens)) or step(tokens)
+    found = session.generate(first, limits, frozenset())
+    assert widths[0] == len(specs)
+    assert widths == sorted(widths, reverse=True)
+    assert widths[-1] < len(specs) / 2, widths
+    for i, (spec, limit) in enumerate(zip(specs, limits, strict=True)):
+        assert found[i] == together[i][:limit], spec.cell
+        assert session.audit(i, limit - 1)["generated"] == limit - 1
+    session.reset()
+    assert session.generate(first, [24] * len(specs), frozenset()) == together
+    for i, spec in enumerate(specs):
+        assert session.audit(i, 23) == whole.audit(i, 23), spec.cell
+
+
 def test_unequal_prompts_in_one_batch() -> None:
     loaded = tiny_model("phi3")  # one prompt on either side of the longrope switch
     specs = build_specs(["full", "shadowkv"], {"rank": "32", "sparse_budget": "32"})

@@ -1,0 +1,71 @@
+"""Energy by rank: equal to singular values computed from the keys themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from shadowkv_cli.cli import run
+from shadowkv_cli.config import ShadowKVSpec
+from shadowkv_cli.model.loading import load_model
+from shadowkv_cli.model.session import Session
+from shadowkv_cli.ops.rotary import unrotate
+from shadowkv_cli.run_config import ModelChoice
+from shadowkv_cli.tasks.rows import Dataset
+from shadowkv_cli.tasks.tokenization import encode_prompt, load_tokenizer
+
+
+def plain_keys(folder: Path, ids: list[int]) -> list[torch.Tensor]:
+    """Pre-RoPE keys [S, Hk*D] of each layer, taken where the session hands them to the store."""
+    loaded = load_model(ModelChoice(str(folder)))
+    session = Session(loaded, [ShadowKVSpec(rank=8)], prompt_tokens=len(ids), new_tokens=1)
+    found: list[torch.Tensor] = []
+    add = session.store.add_layer
+
+    def spy(layer: int, prompt, k: torch.Tensor, v: torch.Tensor) -> None:
+        cos, sin = (half[0, : prompt.tokens] for half in session.store.tables.halves())
+        plain = unrotate(k, cos, sin, session.store.tables.interleaved)
+        found.append(plain.transpose(0, 1).flatten(1).double())
+        add(layer, prompt, k, v)
+
+    session.store.add_layer = spy
+    session.prefill(ids)
+    return found
+
+
+def test_energies_are_those_of_the_singular_values(
+    tiny_model_folder: Path, ruler_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--model", str(tiny_model_folder), "--data", str(ruler_folder)]
+    only = ["--tasks", "vt", "--num-samples", "1", "--rank", "4,16,32", "--json"]
+    assert run(["spectrum", *model, *only, "--output", str(tmp_path / "s")]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    written = json.loads((tmp_path / "s" / "spectrum.json").read_text())
+    assert printed["energies"] == written["energies"]
+    assert written["environment"]["git"] is not None
+
+    [sample] = Dataset.open(ruler_folder).samples(1024, "vt", 1)
+    keys = plain_keys(tiny_model_folder, encode_prompt(load_tokenizer("demo"), sample.text))
+    for energy in printed["energies"]:
+        rank = energy["rank"]
+        shares = {}
+        for name, centred in (("kept", False), ("around_mean", True)):
+            values = [torch.linalg.svdvals(k - k.mean(0) if centred else k).square() for k in keys]
+            shares[name] = [float(v[:rank].sum() / v.sum()) for v in values]
+        assert energy["kept"] == pytest.approx(sum(shares["kept"]) / len(keys), abs=1e-5)
+        assert energy["kept_lowest"] == pytest.approx(min(shares["kept"]), abs=1e-5)
+        mean = sum(shares["around_mean"]) / len(keys)
+        assert energy["around_mean"] == pytest.approx(mean, abs=1e-5)
+    assert printed["energies"][-1]["kept"] == pytest.approx(1), "32 is the whole width"
+
+
+def test_ranks_that_cannot_be_are_refused(
+    tiny_model_folder: Path, ruler_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--model", str(tiny_model_folder), "--data", str(ruler_folder)]
+    for rank, expected in (("33", "1 to 32"), ("0", "1 to 32"), ("x", "whole numbers")):
+        assert run(["spectrum", *model, "--rank", rank]) == 2
+        assert expected in capsys.readouterr().err
