@@ -1,4 +1,4 @@
-"""Metrics by name. RULER's own are recall of substrings, as in NVIDIA/RULER c3f5e3b."""
+"""Metrics by name: RULER's, which are recall of substrings (NVIDIA/RULER c3f5e3b), LongBench's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 from shadowkv_cli.errors import unknown_name
+from shadowkv_cli.tasks.longbench import metrics as longbench
 from shadowkv_cli.tasks.rows import Sample
 
 Metric = Callable[[str, Sample], float]
@@ -72,3 +73,7 @@ def string_match_part(prediction: str, sample: Sample) -> float:
     """1 if the prediction contains any of the references, ignoring case."""
     text = prediction.lower()
     return float(any(ref.lower() in text for ref in sample.references))
+
+
+METRICS |= longbench.METRICS
+POSTPROCESS |= longbench.POSTPROCESS

@@ -1,0 +1,38 @@
+"""The two packages that define LongBench's scores: jieba and rouge, imported when needed."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any
+
+from shadowkv_cli.errors import ShadowKVError
+
+
+def _missing(package: str, what: str) -> ShadowKVError:
+    return ShadowKVError(f"{what} needs the package {package}: pip install {package}")
+
+
+@cache
+def _jieba() -> Any:
+    try:
+        import jieba
+    except ImportError:
+        raise _missing("jieba", "Scoring LongBench's Chinese sets") from None
+    jieba.setLogLevel(logging.WARNING)  # it reports on stderr that it loads its dictionary
+    return jieba
+
+
+def segment(text: str) -> list[str]:
+    """Words of a Chinese text. Raises ShadowKVError where jieba is not installed."""
+    return list(_jieba().cut(text, cut_all=False))
+
+
+@cache
+def rouge_scorer() -> Any:
+    """The package's scorer for ROUGE-L. Raises ShadowKVError where rouge is not installed."""
+    try:
+        from rouge import Rouge
+    except ImportError:
+        raise _missing("rouge", "Scoring LongBench's summaries") from None
+    return Rouge(metrics=["rouge-l"])
