@@ -31,6 +31,15 @@ def tokenizer_of(choice: ModelChoice) -> Any:
     )
 
 
+def until(text: str, stop: str) -> str:
+    """A text up to a string at which it ends; those at its very start do not end it."""
+    begin = 0
+    while stop and text.startswith(stop, begin):
+        begin += len(stop)
+    end = text.find(stop, begin) if stop else -1
+    return text if end < 0 else text[:end]
+
+
 class Answerer:
     """Answers samples; keeps the last session, since samples of one length can share it.
 
@@ -179,6 +188,7 @@ class Answerer:
             "gpu_bytes": held.device,
             "host_bytes": held.host,
             "depth": depths[0] if len(depths) == 1 else None,
+            "groups": sample.groups,
             "tokenizer_mismatch": self.tokenizer_mismatch,
             "error": None,
         }
@@ -188,7 +198,7 @@ class Answerer:
         ended = answer[-1] in self.loaded.eos_ids
         text = self.tokenizer.decode(answer[:-1] if ended else answer, skip_special_tokens=True)
         for stop in sample.stop or []:
-            text = text.split(stop)[0]
+            text = until(text, stop)
         return {
             "prediction": text,
             "score": score(text, sample),

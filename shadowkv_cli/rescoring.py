@@ -85,6 +85,7 @@ def _scored_row(row: Row, sample: Sample) -> Row:
         "context_length": sample.context_length,
         "metric": sample.metric,
         "num_references": len(sample.references),
+        "groups": sample.groups,
         "score": None if failed else score(row["prediction"], sample),
         "error": failed,
     }

@@ -29,7 +29,9 @@ def test_bare_command_prints_help(capsys) -> None:
     assert all(command in out for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "build-data ruler"])
+@pytest.mark.parametrize(
+    "command", [*COMMANDS, "build-data ruler", "build-data longbench", "build-data longbench-v2"]
+)
 def test_every_command_has_help_with_an_example(command: str, capsys) -> None:
     assert run([*command.split(), "--help"]) == 0
     assert "Example" in capsys.readouterr().out

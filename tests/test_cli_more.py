@@ -99,7 +99,7 @@ def test_a_run_is_no_dataset_and_a_dataset_no_run(ruler_folder, tmp_path, capsys
 
 PARENT = """
 from multiprocessing import get_context
-from shadowkv_cli.tasks.ruler.workers import _end_with_parent
+from shadowkv_cli.processes import _end_with_parent
 
 child = get_context("spawn").Process(target=_end_with_parent)
 child.start()

@@ -31,7 +31,7 @@ from shadowkv_cli.run_config import BenchSettings
 from shadowkv_cli.stats import Interval, median_interval
 from shadowkv_cli.tables import frontier_table
 from shadowkv_cli.tasks.rows import Sample
-from shadowkv_cli.tasks.ruler.wrappers import resolve_wrapper
+from shadowkv_cli.tasks.wrappers import resolve_wrapper
 from shadowkv_cli.testing import tiny_model
 
 NEW_TOKENS = 8

@@ -19,8 +19,8 @@ from shadowkv_cli.tasks.ruler.samples import (
     prompt_limit,
 )
 from shadowkv_cli.tasks.ruler.sources import load_sources
-from shadowkv_cli.tasks.ruler.wrappers import Wrapper
 from shadowkv_cli.tasks.tokenization import load_tokenizer
+from shadowkv_cli.tasks.wrappers import Wrapper
 
 TASKS = list(definitions())
 PLAIN = Wrapper("base", "base", "", "", "")

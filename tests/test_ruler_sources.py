@@ -17,8 +17,8 @@ from shadowkv_cli.tasks.ruler.sentences import RULES, available_splitter, split_
 from shadowkv_cli.tasks.ruler.sources import load_sources, needed_sources
 from shadowkv_cli.tasks.ruler.synthetic_prose import prose_sentences
 from shadowkv_cli.tasks.ruler.synthetic_qa import NUM_PEOPLE, NUM_TOWNS, SyntheticQA, person, town
-from shadowkv_cli.tasks.ruler.wrappers import resolve_wrapper
 from shadowkv_cli.tasks.tokenization import UnitCounter, load_tokenizer
+from shadowkv_cli.tasks.wrappers import resolve_wrapper
 
 DATA = Path(__file__).parent / "data/ruler"
 TASKS = list(definitions())

@@ -18,8 +18,8 @@ from shadowkv_cli.tasks.ruler.niah import DEPTHS, singular
 from shadowkv_cli.tasks.ruler.samples import make_draw
 from shadowkv_cli.tasks.ruler.sources import load_sources
 from shadowkv_cli.tasks.ruler.words import WordDraw, common_word_pool
-from shadowkv_cli.tasks.ruler.wrappers import Wrapper, resolve_wrapper
 from shadowkv_cli.tasks.tokenization import encode_prompt, load_tokenizer
+from shadowkv_cli.tasks.wrappers import Wrapper, resolve_wrapper
 
 GOLDEN = Path(__file__).parent / "data/ruler/golden.json"
 TASKS = list(definitions())

@@ -18,8 +18,8 @@ from shadowkv_cli.tasks.ruler.draws import Workbench
 from shadowkv_cli.tasks.ruler.samples import calibrate_task, make_draw, make_sample
 from shadowkv_cli.tasks.ruler.sources import load_sources
 from shadowkv_cli.tasks.ruler.synthetic_prose import prose_sentences
-from shadowkv_cli.tasks.ruler.wrappers import resolve_wrapper
 from shadowkv_cli.tasks.tokenization import encode_prompt, load_tokenizer
+from shadowkv_cli.tasks.wrappers import resolve_wrapper
 from shadowkv_cli.train_demo.batches import Job, make_batch, make_row
 from shadowkv_cli.train_demo.chains import EXAMPLE_LINES
 from shadowkv_cli.train_demo.curriculum import (

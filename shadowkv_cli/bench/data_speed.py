@@ -18,8 +18,8 @@ from shadowkv_cli.tasks.ruler.definitions import choose_tasks
 from shadowkv_cli.tasks.ruler.draws import Workbench
 from shadowkv_cli.tasks.ruler.samples import calibrate_task, make_sample
 from shadowkv_cli.tasks.ruler.sources import load_sources
-from shadowkv_cli.tasks.ruler.wrappers import AUTO, resolve_wrapper
 from shadowkv_cli.tasks.tokenization import DEMO, load_tokenizer
+from shadowkv_cli.tasks.wrappers import AUTO, resolve_wrapper
 
 MIN_SAMPLES = 8
 

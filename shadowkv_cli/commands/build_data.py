@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from shadowkv_cli.console import format_bytes, format_duration, notice, print_json, print_table
+from shadowkv_cli.commands.build_longbench import longbench, longbench_v2
+from shadowkv_cli.commands.forecast import show_forecast
+from shadowkv_cli.console import notice, print_json, print_table
 from shadowkv_cli.option_groups import check_revision, given_lengths, given_names
 from shadowkv_cli.options import (
     ConfigOption,
@@ -120,33 +122,10 @@ def ruler(
         )
     )
     if dry_run:
-        _show_forecast(build.forecast(), build.num_workers, json)
+        show_forecast(build.forecast(), build.num_workers, json)
         return
     build.run()
     _show_result(output, build.manifest, json)
-
-
-def _show_forecast(entries: list[dict[str, Any]], num_workers: int, json: bool) -> None:
-    names = ("existing", "prompts", "tokens", "bytes", "seconds")
-    total = {name: sum(entry[name] for entry in entries) for name in names}
-    if json:
-        print_json({"dry_run": True, "pieces": entries, "num_workers": num_workers, **total})
-        return
-    rows = [
-        [
-            str(e["task"]),
-            str(e["context_length"] or ""),
-            str(e["existing"]),
-            str(e["prompts"]),
-            f"{e['tokens']:,}",
-            format_bytes(e["bytes"]),
-            format_duration(e["seconds"]),
-        ]
-        for e in [*entries, {"task": "all", "context_length": 0, **total}]
-    ]
-    columns = ["task", "length", "there", "to write", "tokens", "size", "time"]
-    title = f"Would be written, with {num_workers} process{'es' if num_workers > 1 else ''}"
-    print_table(title, columns, rows)
 
 
 def _show_result(output: Path, manifest: dict[str, Any], json: bool) -> None:
@@ -172,3 +151,7 @@ def _show_result(output: Path, manifest: dict[str, Any], json: bool) -> None:
         f"Written to {output}",
     ]
     print_table("RULER", ["task", *lengths], rows, notes)
+
+
+app.command("longbench")(longbench)
+app.command("longbench-v2")(longbench_v2)

@@ -52,6 +52,7 @@ class Sample:
         postprocess: a name in `metrics.POSTPROCESS`, applied before the metric.
         all_classes: the labels of a classification task.
         context_id: the same for samples that ask about the same context.
+        groups: what the sample is also averaged by, such as its difficulty.
     """
 
     id: str
@@ -71,6 +72,7 @@ class Sample:
     postprocess: str | None = None
     all_classes: list[str] | None = None
     context_id: str | None = None
+    groups: list[str] | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt or not self.references:

@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from shadowkv_cli.catalogue.places import without_hub
-from shadowkv_cli.console import progress
-from shadowkv_cli.errors import ShadowKVError, UsageError
-from shadowkv_cli.tasks.row_file import RowWriter, continue_rows, lock_folder
-from shadowkv_cli.tasks.ruler.definitions import choose_tasks
+from shadowkv_cli.errors import UsageError
+from shadowkv_cli.tasks.manifest import continue_manifest
+from shadowkv_cli.tasks.ruler.definitions import choose_tasks, definitions
 from shadowkv_cli.tasks.ruler.draws import Workbench
-from shadowkv_cli.tasks.ruler.fit import Calibration
-from shadowkv_cli.tasks.ruler.manifest import (
-    continue_manifest,
-    new_manifest,
-    plan_rows,
-    set_fill,
-    write_manifest,
-)
+from shadowkv_cli.tasks.ruler.manifest import new_manifest, plan_ruler_rows
 from shadowkv_cli.tasks.ruler.samples import calibrate_task, make_sample
 from shadowkv_cli.tasks.ruler.sentences import available_splitter
 from shadowkv_cli.tasks.ruler.sources import SourceKind, load_sources, source_choice
 from shadowkv_cli.tasks.ruler.words import wonderwords_version
 from shadowkv_cli.tasks.ruler.workers import Job, TokenizerName, make_samples
-from shadowkv_cli.tasks.ruler.wrappers import AUTO, check_template_name, resolve_wrapper
 from shadowkv_cli.tasks.tokenization import tokenizer_fingerprint
+from shadowkv_cli.tasks.wrappers import AUTO, check_template_name, resolve_wrapper
+from shadowkv_cli.tasks.writing import read_pieces, write_missing
 
 TOKENS_WORTH_WORKERS = 5_000_000
 """Below this many tokens one process is done before others have started."""
@@ -97,21 +89,6 @@ class RulerConfig:
         return "hub" if without_hub(self.tokenizer) is None else "synthetic"
 
 
-@dataclass(frozen=True)
-class Piece:
-    """The rows of one task and length: the lengths of those that exist, and how many are wanted."""
-
-    task: str
-    context_length: int
-    existing: list[int]
-    wanted: int
-    calibration: Calibration | None
-
-    @property
-    def missing(self) -> int:
-        return max(self.wanted - len(self.existing), 0)
-
-
 class RulerBuild:
     """A build that was planned and checked; nothing is written before `run`."""
 
@@ -149,25 +126,22 @@ class RulerBuild:
                 wonderwords=wonderwords_version(),
             ),
         )
-        plan_rows(self.manifest, self.tasks, config.context_lengths, config.num_samples)
-        # Reading repairs a last row that was cut off: not while another process writes it.
-        with lock_folder(config.output) if config.output.is_dir() else nullcontext():
-            self.pieces = [
-                self._piece(task, length)
+        plan_ruler_rows(self.manifest, self.tasks, config.context_lengths, config.num_samples)
+        self.pieces = read_pieces(
+            config.output,
+            [
+                (task, length, config.num_samples)
                 for length in sorted(config.context_lengths)
                 for task in self.tasks
-            ]
-
-    def _file(self, task: str, context_length: int) -> Path:
-        return self.config.output / str(context_length) / f"{task}.jsonl"
-
-    def _piece(self, task: str, context_length: int) -> Piece:
-        existing = continue_rows(self._file(task, context_length), task, context_length)
-        wanted = self.config.num_samples
-        calibration = None
-        if len(existing) < wanted:
-            calibration = calibrate_task(self.bench, task, context_length, wanted)
-        return Piece(task, context_length, existing, wanted, calibration)
+            ],
+        )
+        self.calibrations = {
+            (piece.task, piece.context_length): calibrate_task(
+                self.bench, piece.task, piece.context_length, piece.wanted
+            )
+            for piece in self.pieces
+            if piece.missing
+        }
 
     @cached_property
     def num_workers(self) -> int:
@@ -191,11 +165,10 @@ class RulerBuild:
                 "bytes": 0,
                 "seconds": 0.0,
             }
-            if piece.calibration is not None:
+            if piece.missing:
                 start = time.perf_counter()
-                sample = make_sample(
-                    self.bench, piece.task, piece.context_length, 0, piece.calibration
-                )
+                calibration = self.calibrations[piece.task, piece.context_length]
+                sample = make_sample(self.bench, piece.task, piece.context_length, 0, calibration)
                 seconds = time.perf_counter() - start
                 entry["tokens"] = piece.missing * sample.prompt_tokens
                 entry["bytes"] = piece.missing * (len(sample.to_json().encode()) + 1)
@@ -205,41 +178,16 @@ class RulerBuild:
 
     def run(self) -> None:
         """Write the rows that are missing. What is finished stays if this is stopped."""
-        output = self.config.output
-        output.mkdir(parents=True, exist_ok=True)
-        with lock_folder(output):
-            self._write_missing(output)
-
-    def _write_missing(self, output: Path) -> None:
-        for piece in self.pieces:
-            file = self._file(piece.task, piece.context_length)
-            if len(continue_rows(file, piece.task, piece.context_length)) != len(piece.existing):
-                raise ShadowKVError(
-                    f"Another shadowkv process wrote to {output} meanwhile: run the same command "
-                    "again to continue."
-                )
-        write_manifest(output, self.manifest)
         jobs = (
-            Job(piece.task, piece.context_length, index, piece.calibration)
+            Job(piece.task, piece.context_length, index, calibration)
             for piece in self.pieces
-            if piece.calibration is not None
-            for index in range(len(piece.existing), piece.wanted)
+            if (calibration := self.calibrations.get((piece.task, piece.context_length)))
+            for index in piece.numbers
         )
         samples = make_samples(self.bench, self.tokenizer_name, jobs, self.num_workers)
         try:
-            for piece in self.pieces:
-                lengths = list(piece.existing)
-                if piece.missing:
-                    label = f"{piece.task} at {piece.context_length}"
-                    path = self._file(piece.task, piece.context_length)
-                    with progress(label, piece.missing) as bar, RowWriter(path) as writer:
-                        for _ in range(piece.missing):
-                            sample = next(samples)
-                            writer.append(sample)
-                            lengths.append(sample.length)
-                            bar.advance()
-                # A folder with more rows than were asked for keeps them.
-                set_fill(self.manifest, piece.task, piece.context_length, lengths)
-                write_manifest(output, self.manifest)
+            write_missing(
+                self.config.output, self.manifest, self.pieces, samples, list(definitions())
+            )
         finally:
             samples.close()

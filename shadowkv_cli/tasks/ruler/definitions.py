@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
 from shadowkv_cli.errors import unknown_name
+from shadowkv_cli.tasks.package_data import read_yaml
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,10 @@ class TaskDefinition:
     settings: dict[str, Any]
 
 
-def read_yaml(name: str) -> Any:
-    """Read a data file of this package."""
-    import yaml
-
-    return yaml.safe_load((files(__package__) / name).read_text(encoding="utf-8"))
-
-
 @cache
 def constants() -> dict[str, Any]:
     """tasks.yaml as it stands."""
-    data: dict[str, Any] = read_yaml("tasks.yaml")
+    data: dict[str, Any] = read_yaml("ruler/tasks.yaml")
     return data
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from shadowkv_cli.tasks.ruler.definitions import TaskDefinition
 from shadowkv_cli.tasks.ruler.sources import Sources
-from shadowkv_cli.tasks.ruler.wrappers import Wrapper
 from shadowkv_cli.tasks.tokenization import UnitCounter, encode_prompt
+from shadowkv_cli.tasks.wrappers import Wrapper
 
 SMALL_LENGTH = 4096
 """Below this length RULER makes smaller CWE lists."""

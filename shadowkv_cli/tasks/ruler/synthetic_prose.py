@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
-from shadowkv_cli.tasks.ruler.definitions import read_yaml
+from shadowkv_cli.tasks.package_data import read_yaml
 from shadowkv_cli.tasks.ruler.words import word_list
 
 PROSE_VERSION = "shadowkv prose 1"
@@ -77,7 +77,7 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 def synthetic_words(name: str) -> list[str]:
     """One list of synthetic.yaml."""
-    text: str = read_yaml("synthetic.yaml")[name]
+    text: str = read_yaml("ruler/synthetic.yaml")[name]
     return text.split()
 
 

@@ -15,8 +15,8 @@ from shadowkv_cli.tasks.ruler.draws import Workbench
 from shadowkv_cli.tasks.ruler.fit import Calibration
 from shadowkv_cli.tasks.ruler.samples import make_sample
 from shadowkv_cli.tasks.ruler.sources import Sources
-from shadowkv_cli.tasks.ruler.wrappers import Wrapper
 from shadowkv_cli.tasks.tokenization import load_tokenizer
+from shadowkv_cli.tasks.wrappers import Wrapper
 
 AHEAD = 4
 """Samples per worker that may be made before they are written."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shadowkv_cli.errors import UsageError, unknown_name
-from shadowkv_cli.tasks.ruler.definitions import read_yaml
+from shadowkv_cli.tasks.package_data import read_yaml
 from shadowkv_cli.tasks.tokenization import special_prefix
 
 AUTO = "auto"

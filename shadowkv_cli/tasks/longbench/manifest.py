@@ -1,0 +1,75 @@
+"""The manifest of a LongBench dataset: what determines its rows, and what readers must know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shadowkv_cli.console import SCHEMA_VERSION
+from shadowkv_cli.tasks.longbench.suites import LONGBENCH_V2, Suite
+
+DIALECT = "THUDM/LongBench 2e00731"
+GENERATOR_VERSION = 1
+DEVIATIONS = (
+    "chat template: the tokenizer's own, or the one named; LongBench ships none for newer models",
+    "samsum: newlines at the very start of an answer are skipped, where LongBench forbids the "
+    "first token to be one",
+)
+V2_DEVIATIONS = (
+    "greedy answers instead of temperature 0.1",
+    "chat template applied here, not by a server",
+)
+
+
+def new_manifest(
+    suite: Suite,
+    *,
+    tokenizer: dict[str, Any],
+    template: dict[str, str],
+    max_length: int,
+    min_length: int | None,
+    sources: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """A manifest of a dataset without rows; lengths in tokens."""
+    deviations = V2_DEVIATIONS if suite.name == LONGBENCH_V2 else DEVIATIONS
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "suite": suite.name,
+        "dialect": DIALECT,
+        "deviations": list(deviations),
+        "generator_version": GENERATOR_VERSION,
+        **suite.settings,
+        "max_length": max_length,
+        "min_length": min_length,
+        "tokenizer": tokenizer,
+        "template": template,
+        "sources": dict(sorted(sources.items())),
+        "synthetic": False,
+        "comparable_with_published": True,
+        "note": "",
+        "tasks": [],
+        "context_lengths": [],
+        "num_samples": 0,
+        "rows": {},
+        "fill": {},
+    }
+
+
+def set_note(manifest: dict[str, Any], suite: Suite) -> None:
+    """Say what makes scores on these rows another number than published ones."""
+    notes = []
+    if manifest["min_length"] is not None:
+        notes.append(f"only prompts of at least {manifest['min_length']} tokens")
+    fewer = [
+        task
+        for rows in manifest["rows"].values()
+        for task, count in rows.items()
+        if count < (suite.published_rows(task) or 0)
+    ]
+    if fewer and manifest["min_length"] is None:
+        notes.append(f"fewer samples than published in {len(fewer)} of {len(manifest['tasks'])}")
+    if suite.settings.get("prompt") == "no-context":
+        notes.append("asked without the documents")
+    manifest["comparable_with_published"] = not notes
+    manifest["note"] = (
+        f"Not comparable with published {suite.name}: {'; '.join(notes)}." if notes else ""
+    )

@@ -1,0 +1,90 @@
+"""From an item to a finished prompt: cut in the middle, chat template, counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from shadowkv_cli.errors import UsageError
+from shadowkv_cli.tasks.longbench.items import Item
+from shadowkv_cli.tasks.rows import Sample
+from shadowkv_cli.tasks.tokenization import encode_prompt
+from shadowkv_cli.tasks.wrappers import Wrapper
+
+LENGTH_STEP = 1024
+LEAST_SLACK = 64
+"""Tokens; a text that was cut and decoded may be a few tokens longer when it is encoded again."""
+
+
+@dataclass(frozen=True)
+class TaskRules:
+    """What all samples of a task share; see `Sample`."""
+
+    name: str
+    metric: str
+    max_new_tokens: int
+    postprocess: str | None
+    stop: tuple[str, ...] | None
+    wrapper: Wrapper
+
+
+def context_length_for(max_length: int, answer_tokens: int, wrapper_tokens: int) -> int:
+    """The smallest multiple of 1,024 that holds prompt, chat template and answer.
+
+    LongBench's 31,500 for a model of 32K come to 32,768, 3,500 to 4,096.
+    """
+    needed = max_length + answer_tokens + max(LEAST_SLACK, wrapper_tokens + LEAST_SLACK // 2)
+    return -(-needed // LENGTH_STEP) * LENGTH_STEP
+
+
+def cut_middle(tokenizer: Any, text: str, max_length: int) -> str:
+    """The text, or its first and last halves of `max_length` tokens where it has more.
+
+    As pred.py of LongBench does it: special tokens count, there is no mark at the cut.
+    """
+    ids = encode_prompt(tokenizer, text)
+    if len(ids) <= max_length:
+        return text
+    half = max_length // 2
+    parts = (ids[:half], ids[-half:])
+    return "".join(tokenizer.decode(part, skip_special_tokens=True) for part in parts)
+
+
+def make_sample(
+    tokenizer: Any,
+    item: Item,
+    index: int,
+    rules: TaskRules,
+    *,
+    max_length: int,
+    context_length: int,
+) -> Sample:
+    """The finished row. Raises UsageError if it does not fit its context length."""
+    text = cut_middle(tokenizer, item.text, max_length)
+    prompt = rules.wrapper.wrap(text)
+    tokens = len(encode_prompt(tokenizer, prompt))
+    name = f"{rules.name}-{item.number}"
+    if tokens + rules.max_new_tokens > context_length:
+        raise UsageError(
+            f"{name} has {tokens} tokens with its chat template, which does not fit "
+            f"{context_length} with the answer: use a shorter --max-length."
+        )
+    question = max(len(text) - item.tail_characters, 0)
+    return Sample(
+        id=name,
+        task=rules.name,
+        index=index,
+        prompt=prompt,
+        answer_prefix="",
+        references=item.references,
+        metric=rules.metric,
+        length=tokens + rules.max_new_tokens,
+        prompt_tokens=tokens,
+        max_new_tokens=rules.max_new_tokens,
+        context_length=context_length,
+        question_start=rules.wrapper.offset() + question,
+        stop=list(rules.stop) if rules.stop else None,
+        postprocess=rules.postprocess,
+        all_classes=item.all_classes,
+        groups=item.groups,
+    )
