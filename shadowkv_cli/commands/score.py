@@ -27,6 +27,7 @@ def score(
 
     Example: shadowkv score results/demo/predictions.jsonl --data datasets/demo
     """
+    from shadowkv_cli.reporting import more_of_the_scores
     from shadowkv_cli.rescoring import rescore
     from shadowkv_cli.summary import records_as_rows, score_records
     from shadowkv_cli.tables import tables
@@ -34,12 +35,14 @@ def score(
 
     result = rescore(predictions, data)
     records = score_records(result.rows)
-    note = Dataset.open(data).manifest.get("note")
+    manifest = Dataset.open(data).manifest
+    note = manifest.get("note")
+    more, more_tables = more_of_the_scores(str(manifest.get("suite", "")), records, result.rows)
     if json:
         counts = {"missing": result.missing, "echoes": result.echoes}
-        print_json({"records": records_as_rows(records), **counts, "note": note or ""})
+        print_json({"records": records_as_rows(records), **counts, "note": note or "", **more})
     else:
-        for table in tables(records, notes=[note] if note else []):
+        for table in [*tables(records, notes=[note] if note else []), *more_tables]:
             table.show()
     if result.echoes:
         notice(
