@@ -23,7 +23,10 @@ LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 LAYER |= {"options": COMMAND, "option_groups": COMMAND, "commands": COMMAND, "cli": ROOT}
 """Level of each module or package; what is not listed is a runner, above `bench`."""
 
-WITHOUT_MODELS = ("tasks", "plots", "plotting", "tables", "frontier", "rescoring", "reporting")
+WITHOUT_MODELS = (
+    *("tasks", "plots", "plotting", "tables", "frontier", "rescoring", "reporting"),
+    *("averages", "activity"),
+)
 MODELS = {"ops", "methods", "model", "bench"}
 
 

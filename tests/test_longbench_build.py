@@ -56,6 +56,7 @@ def test_prompts_and_lengths_are_the_official_ones():
     assert len(sets) == 21
     assert len(all_tasks(e=True)) == 13
     assert sum(entry.rows for entry in sets.values()) == 4750
+    assert sum(entry.rows_e or 0 for entry in sets.values()) == 10 * 300 + 150 + 224 + 294
     assert sum(entry.max_new_tokens for entry in sets.values()) == 3168
     without = {name for name, entry in sets.items() if not entry.chat_template}
     assert without == {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
@@ -116,6 +117,8 @@ def test_longbench_e_is_averaged_by_length_too(tmp_path):
     data = Dataset.open(output)
     assert data.tasks == ["qasper_e", "lcc_e"]
     assert data.manifest["suite"] == "longbench-e"
+    assert data.manifest["comparable_with_published"] is False
+    assert "fewer samples than published in 2 of 2" in data.manifest["note"]
     assert [s.groups for s in data.samples(32768, "lcc_e")] == [["0-4k"], ["4-8k"], ["8k+"]]
 
 

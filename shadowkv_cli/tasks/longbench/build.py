@@ -107,7 +107,7 @@ class LongBenchBuild:
                 "sha256": hashlib.sha256(content).hexdigest(),
                 "synthetic": False,
             }
-            if (published := suite.published_rows(task)) and len(items) < published:
+            if len(items) < (published := suite.published_rows(task)):
                 partial.append(f"{task} {len(items)} of {published}")
             if kept := self._chosen(task, items):
                 self.rows[task] = kept

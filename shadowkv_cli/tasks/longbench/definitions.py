@@ -22,12 +22,12 @@ class LongBenchSet:
     Attributes:
         category: one of six; the official mean is over them.
         language: en, zh, or code, which counts in the means of both languages.
-        rows: that the published file holds.
+        rows, rows_e: that the published files of LongBench and LongBench-E hold; `rows_e` is None
+            where LongBench-E does not have the set.
         metric, postprocess, stop: as a `Sample` has them.
         max_new_tokens: tokens that may be generated.
         prompt: with `{context}` and mostly `{input}`.
         chat_template: whether the prompt gets the model's chat template.
-        in_e: whether LongBench-E has it.
     """
 
     category: str
@@ -39,7 +39,7 @@ class LongBenchSet:
     postprocess: str | None = None
     stop: tuple[str, ...] | None = None
     chat_template: bool = True
-    in_e: bool = False
+    rows_e: int | None = None
 
 
 @cache
@@ -60,7 +60,7 @@ def set_of(task: str) -> LongBenchSet:
 def all_tasks(*, e: bool) -> list[str]:
     """Names of the tasks of LongBench, or of LongBench-E with its suffix."""
     if e:
-        return [name + E_SUFFIX for name, entry in longbench_sets().items() if entry.in_e]
+        return [name + E_SUFFIX for name, entry in longbench_sets().items() if entry.rows_e]
     return list(longbench_sets())
 
 

@@ -63,7 +63,7 @@ def set_note(manifest: dict[str, Any], suite: Suite) -> None:
         task
         for rows in manifest["rows"].values()
         for task, count in rows.items()
-        if count < (suite.published_rows(task) or 0)
+        if count < suite.published_rows(task)
     ]
     if fewer and manifest["min_length"] is None:
         notes.append(f"fewer samples than published in {len(fewer)} of {len(manifest['tasks'])}")

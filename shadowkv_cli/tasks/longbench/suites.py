@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from shadowkv_cli.tasks.longbench.definitions import E_SUFFIX, all_tasks, set_of
+from shadowkv_cli.tasks.longbench.definitions import all_tasks, set_of
 from shadowkv_cli.tasks.longbench.items import Item, parse_rows, v1_item, v2_item
 from shadowkv_cli.tasks.longbench.metrics import V2_METRIC
 from shadowkv_cli.tasks.package_data import read_yaml
@@ -60,8 +60,8 @@ class Suite(Protocol):
     def rules(self, task: str) -> Rules:
         """How its samples are asked and scored."""
 
-    def published_rows(self, task: str) -> int | None:
-        """Rows of the published file; None where that is not known."""
+    def published_rows(self, task: str) -> int:
+        """Rows of the published file."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,9 @@ class V1Suite:
             entry.chat_template,
         )
 
-    def published_rows(self, task: str) -> int | None:
-        return None if task.endswith(E_SUFFIX) else set_of(task).rows
+    def published_rows(self, task: str) -> int:
+        entry = set_of(task)
+        return entry.rows_e if self.e and entry.rows_e else entry.rows
 
 
 @dataclass(frozen=True)
@@ -141,5 +142,5 @@ class V2Suite:
     def rules(self, task: str) -> Rules:
         return Rules(V2_METRIC, int(read_yaml("longbench/prompts_v2.yaml")["max_new_tokens"]))
 
-    def published_rows(self, task: str) -> int | None:
+    def published_rows(self, task: str) -> int:
         return V2_ROWS
