@@ -16,7 +16,7 @@ from shadowkv_cli.tasks.longbench import matching, packages
 from shadowkv_cli.tasks.longbench.metrics import METRICS
 from shadowkv_cli.tasks.longbench.overlap import normalize_answer, qa_f1
 from shadowkv_cli.tasks.longbench.rouge_l import rouge_l, rouge_l_zh
-from shadowkv_cli.tasks.metrics import POSTPROCESS, score
+from shadowkv_cli.tasks.metrics import POSTPROCESS, check_metric, score
 from shadowkv_cli.tasks.rows import Sample
 
 OFFICIAL = json.loads(
@@ -189,3 +189,11 @@ def test_a_package_that_is_missing_is_one_line(package, metric, monkeypatch):
     with pytest.raises(ShadowKVError, match=f"pip install {package}") as failure:
         score("a", sample(metric, "a"))
     assert "\n" not in str(failure.value)
+
+
+def test_a_package_that_is_missing_is_noticed_before_a_prefill(monkeypatch):
+    packages.check_packages.cache_clear()
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    with pytest.raises(ShadowKVError, match=r"longbench_qa_f1_zh needs the package jieba"):
+        check_metric(sample("longbench_qa_f1_zh", "a"))
+    check_metric(sample("longbench_qa_f1", "a"))

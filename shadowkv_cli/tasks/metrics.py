@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from shadowkv_cli.errors import unknown_name
 from shadowkv_cli.tasks.longbench import metrics as longbench
+from shadowkv_cli.tasks.longbench.packages import check_packages
 from shadowkv_cli.tasks.rows import Sample
 
 Metric = Callable[[str, Sample], float]
@@ -39,12 +40,18 @@ def postprocess(name: str) -> Callable[[Callable[[str], str]], Callable[[str], s
 
 
 def check_metric(sample: Sample) -> None:
-    """Raise UsageError for a metric or postprocessing that is not registered."""
+    """Refuse a sample that cannot be scored.
+
+    Raises UsageError for a metric or postprocessing that is not registered, ShadowKVError where a
+    package that the metric needs is not installed.
+    """
     where = f"of sample {sample.id}"
     if sample.metric not in METRICS:
         raise unknown_name("metric", sample.metric, METRICS, where)
     if sample.postprocess is not None and sample.postprocess not in POSTPROCESS:
         raise unknown_name("postprocessing", sample.postprocess, POSTPROCESS, where)
+    if sample.metric in longbench.METRICS:
+        check_packages(sample.metric)
 
 
 def score(prediction: str, sample: Sample) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 from shadowkv_cli.errors import ShadowKVError
@@ -11,6 +12,15 @@ from shadowkv_cli.errors import ShadowKVError
 
 def _missing(package: str, what: str) -> ShadowKVError:
     return ShadowKVError(f"{what} needs the package {package}: pip install {package}")
+
+
+@cache
+def check_packages(metric: str) -> None:
+    """Raise ShadowKVError where a package that a metric needs is not installed."""
+    needed = {"jieba": "_zh" in metric, "rouge": "rouge" in metric}
+    for package, wanted in needed.items():
+        if wanted and find_spec(package) is None:
+            raise _missing(package, f"The metric {metric}")
 
 
 @cache
