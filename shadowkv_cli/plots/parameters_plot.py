@@ -18,6 +18,7 @@ PARAMETERS = {
     "rank": "Rank of the keys",
     "chunk_size": "Chunk size (tokens)",
     "landmarks_per_chunk": "Landmarks per chunk",
+    "outlier_chunks": "Outlier chunks",
 }
 
 
@@ -73,16 +74,19 @@ def unavailable(data: PlotData) -> str | None:
 
 
 def _lines(series: Series) -> list[tuple[str, str, list[ScoreRecord]]]:
-    """(parameter, method, cells on the line through that method's baseline), ordered by value."""
+    """(parameter, method, cells on the line through that method's baseline), ordered by value.
+
+    A method that has the setting with one value only is a line of one cell.
+    """
     records = [r for r in _averages(series) if r.method != FULL]
     lines = []
     for name in _varying(records):
         for method in dict.fromkeys(r.method for r in records):
             own = [r for r in records if r.method == method]
-            if len({setting(r, name) for r in own}) < 2:
-                continue
             centre = baseline(own)
             line = [r for r in own if _differs_only_in(r, centre, name)]
+            if setting(centre, name) is None:
+                continue
             line.sort(key=lambda r: sort_key(setting(r, name)))
             lines.append((name, method, line))
     return lines
@@ -174,7 +178,11 @@ def draw(data: PlotData) -> Figure:
         for i, method in enumerate(dict.fromkeys(r.method for r in own)):
             methods.setdefault(method, i)
             centre = baseline([r for r in own if r.method == method])
-            values = [f"{SHORT_NAMES.get(n, n)} {setting(centre, n)}" for n in names]
+            values = [
+                f"{SHORT_NAMES.get(n, n)} {setting(centre, n)}"
+                for n in names
+                if setting(centre, n) is not None
+            ]
             held.append(f"{', '.join(values)} ({method})")
         for axis, name in zip(row, names, strict=False):
             _draw_panel(axis, series, name)
