@@ -55,7 +55,7 @@ demo: ## Build data, evaluate, sweep and plot with the bundled model, on a CPU, 
 	@$(SHADOWKV) plot $(DEMO_RUN)-sweep 2>/dev/null
 	@$(SHADOWKV) plot $(DEMO_RUN)-eval 2>/dev/null
 
-demo-smollm2: ## The same on real pretrained weights, SmolLM2-135M, which need no hub; under 20 minutes
+demo-smollm2: ## The same on real pretrained weights, SmolLM2-135M, which need no hub: slower
 	@echo "You will see SmolLM2-135M-Instruct, a real pretrained model, look for needles in 4,096 tokens: with"
 	@echo "full attention, with ShadowKV while one setting varies at a time, and with three controls that attend"
 	@echo "as little: the chunks with the most true attention, random ones, and only the first and last tokens."

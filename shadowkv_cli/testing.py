@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -105,3 +106,23 @@ def score_cells(
             text = tokenizer.decode(ids, skip_special_tokens=True)
             scores[cell].append(score(text, sample))
     return scores
+
+
+def log_prob_error(
+    loaded: LoadedModel, tokenizer: Any, samples: Sequence[Sample], cell: str, steps: int = 4
+) -> float:
+    """Mean distance of a cell's log-probabilities to full attention's, over tokens of the latter.
+
+    Finer than a score: it shows what a robust model answers rightly all the same.
+    """
+    specs = build_specs(["full", cell], {})
+    longest = max(sample.prompt_tokens for sample in samples)
+    session = Session(loaded, specs, prompt_tokens=longest, new_tokens=steps)
+    errors = []
+    for sample in samples:
+        logits = session.prefill(encode_prompt(tokenizer, sample.text), key=sample.id)
+        for _ in range(steps):
+            full, other = session.decode_step(logits.argmax(-1).expand(2)).log_softmax(-1)
+            errors.append(float((other - full).abs().mean()))
+            logits = full
+    return fmean(errors)

@@ -32,7 +32,7 @@ from shadowkv_cli.run_config import ModelChoice
 from shadowkv_cli.stats import paired_difference
 from shadowkv_cli.tasks.rows import Dataset, Sample
 from shadowkv_cli.tasks.tokenization import load_tokenizer
-from shadowkv_cli.testing import score_cells
+from shadowkv_cli.testing import log_prob_error, score_cells
 
 TASKS = ("niah_single_2", "niah_multikey_1", "niah_multivalue")
 PER_TASK = 6
@@ -42,6 +42,8 @@ EVERYTHING = "shadowkv:sparse_budget=100%,rank=256,chunk_size=4,dense_fallback=n
 STARVED = "shadowkv:sparse_budget=16,rank=8,chunk_size=16"
 ORACLE = "oracle:sparse_budget=256,chunk_size=4"
 RANDOM = "random:sparse_budget=256,chunk_size=4"
+MAX_ERROR = 0.01
+"""Of log-probabilities, with everything kept at full rank: float32 rounding is far below."""
 Scores = dict[str, list[float]]
 
 
@@ -69,7 +71,7 @@ def scores_of(
 
 @pytest.fixture(scope="module")
 def scores(demo: LoadedModel, samples: list[Sample]) -> Scores:
-    return scores_of(demo, samples, "full", EVERYTHING, GENEROUS, STARVED, ORACLE, RANDOM)
+    return scores_of(demo, samples, "full", GENEROUS, STARVED, ORACLE, RANDOM)
 
 
 def check_not_worse(method: list[float], reference: list[float]) -> None:
@@ -78,9 +80,9 @@ def check_not_worse(method: list[float], reference: list[float]) -> None:
     assert difference.high >= 0, f"{difference}: {method} against {reference}"
 
 
-def check_accurate(scores: Scores) -> None:
+def check_accurate(scores: Scores, everything_error: float) -> None:
     """Everything at full rank is full attention; a generous setting costs little or nothing."""
-    assert scores[EVERYTHING] == scores["full"], scores
+    assert everything_error < MAX_ERROR, everything_error
     check_not_worse(scores[GENEROUS], scores["full"])
     assert fmean(scores[GENEROUS]) >= fmean(scores["full"]) - 0.1, scores
 
@@ -89,8 +91,14 @@ def test_full_attention_recalls(scores: Scores) -> None:
     assert fmean(scores["full"]) >= 0.95, scores["full"]
 
 
-def test_a_generous_setting_is_not_worse_than_full_attention(scores: Scores) -> None:
-    check_accurate(scores)
+def error_of_everything(loaded: LoadedModel, samples: list[Sample]) -> float:
+    return log_prob_error(loaded, load_tokenizer("demo"), samples[:2], EVERYTHING)
+
+
+def test_a_generous_setting_is_not_worse_than_full_attention(
+    demo: LoadedModel, samples: list[Sample], scores: Scores
+) -> None:
+    check_accurate(scores, error_of_everything(demo, samples))
 
 
 def test_a_starved_budget_falls(scores: Scores) -> None:
@@ -222,10 +230,10 @@ def test_the_accuracy_check_notices(
 ) -> None:
     few = [sample for sample in samples if len(sample.references) == 1][::2]
     mistake(monkeypatch)
-    broken = scores_of(demo, few, "full", EVERYTHING, GENEROUS, new_tokens=20)
+    broken = scores_of(demo, few, "full", GENEROUS, new_tokens=20)
     assert fmean(broken["full"]) >= 0.85, "the mistake must not touch full attention"
     with pytest.raises(AssertionError):
-        check_accurate(broken)
+        check_accurate(broken, error_of_everything(demo, few))
 
 
 # ---- outliers, which the bundled model does without: a state that needs them ----

@@ -8,17 +8,15 @@ import pytest
 from torch import Tensor
 
 from shadowkv_cli.catalogue.places import smollm2_dir
-from shadowkv_cli.cells import build_specs
 from shadowkv_cli.cli import run
 from shadowkv_cli.methods import Prompt
 from shadowkv_cli.methods.shadowkv import ShadowKVGroup
 from shadowkv_cli.model.loading import LoadedModel, load_model
-from shadowkv_cli.model.session import Session
 from shadowkv_cli.run_config import ModelChoice
 from shadowkv_cli.stats import paired_difference
 from shadowkv_cli.tasks.rows import Dataset, Sample
-from shadowkv_cli.tasks.tokenization import encode_prompt, load_tokenizer
-from shadowkv_cli.testing import score_cells
+from shadowkv_cli.tasks.tokenization import load_tokenizer
+from shadowkv_cli.testing import log_prob_error, score_cells
 
 pytestmark = pytest.mark.network
 
@@ -75,30 +73,17 @@ def test_a_starved_budget_and_random_chunks_fall(scores: dict[str, list[float]])
         assert difference.high < -0.3, (method, difference)
 
 
-def log_prob_error(loaded: LoadedModel, samples: list[Sample]) -> float:
-    """Mean distance of log-probabilities to full attention's, over four tokens that it gives."""
-    tokenizer, specs = load_tokenizer("smollm2"), build_specs(["full", GENEROUS], {})
-    session = Session(loaded, specs, prompt_tokens=1024, new_tokens=8)
-    errors = []
-    for sample in samples:
-        logits = session.prefill(encode_prompt(tokenizer, sample.text), key=sample.id)
-        for _ in range(4):
-            full, shadow = session.decode_step(logits.argmax(-1).expand(2)).log_softmax(-1)
-            errors.append(float((shadow - full).abs().mean()))
-            logits = full
-    return fmean(errors)
-
-
 def test_outliers_that_are_not_kept_are_missed(
     smollm2: LoadedModel, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The attention sink lies in the first chunk, which no landmark describes well."""
-    sound = log_prob_error(smollm2, samples[:3])
+    tokenizer = load_tokenizer("smollm2")
+    sound = log_prob_error(smollm2, tokenizer, samples[:3], GENEROUS)
     choose = ShadowKVGroup.outlier_tokens
 
     def others(self: ShadowKVGroup, layer: int, row: int, prompt: Prompt, k: Tensor) -> Tensor:
         return (choose(self, layer, row, prompt, k) + 400) % (prompt.tokens - 32)
 
     monkeypatch.setattr(ShadowKVGroup, "outlier_tokens", others)
-    broken = log_prob_error(smollm2, samples[:3])
+    broken = log_prob_error(smollm2, tokenizer, samples[:3], GENEROUS)
     assert sound < 1 < broken, (sound, broken)
