@@ -94,6 +94,25 @@ TrustOption = Annotated[
 OfflineOption = Annotated[
     bool, typer.Option("--offline", help="Use only what is on this machine; contact no hub.")
 ]
+TokenizerOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME|PATH|demo|smollm2",
+        help="Tokenizer of the model that will read the prompts.",
+    ),
+]
+TokenizerRevisionOption = Annotated[
+    str | None,
+    typer.Option(metavar="REVISION", help="Branch, tag or commit of the tokenizer on the hub."),
+]
+TemplateOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Chat template: auto (the tokenizer's own, or none), base, llama-3, glm, …",
+    ),
+]
+DatasetOption = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the dataset.")]
 TasksOption = Annotated[
     list[str] | None,
     typer.Option("--tasks", metavar="TASK[,…]", help="Only these tasks; commas or repeats."),

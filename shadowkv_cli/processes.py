@@ -5,27 +5,44 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from typing import Any, ParamSpec, TypeVar
+
+from shadowkv_cli.errors import ShadowKVError
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def make_pool(
+@contextmanager
+def worker_pool(
     num_workers: int, start: Callable[..., None], arguments: tuple[Any, ...]
-) -> ProcessPoolExecutor:
-    """A pool of fresh processes, each of which runs `start(*arguments)` first."""
-    return ProcessPoolExecutor(
+) -> Iterator[ProcessPoolExecutor]:
+    """A pool of fresh processes, each of which runs `start(*arguments)` first.
+
+    Raises ShadowKVError where one of them dies.
+    """
+    pool = ProcessPoolExecutor(
         num_workers,
         # A fork would copy the threads of libraries in whatever state they are.
         mp_context=get_context("spawn"),
         initializer=_start,
         initargs=(start, arguments),
     )
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise ShadowKVError(
+            "A worker process ended unexpectedly (out of memory?): run the same command again with "
+            "a smaller --num-workers; what was written is kept."
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _start(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 from shadowkv_cli.config import MethodSpec
 from shadowkv_cli.environment import usable_cores
-from shadowkv_cli.errors import ShadowKVError
-from shadowkv_cli.processes import make_pool, submit
+from shadowkv_cli.processes import submit, worker_pool
 from shadowkv_cli.rowlog import Row
 from shadowkv_cli.run_config import ModelChoice
 from shadowkv_cli.tasks.rows import Sample
@@ -118,17 +116,8 @@ def answer_all(
     numbers = get_context("spawn").Queue()
     for number in range(others):
         numbers.put(number + 1)  # this process has the first GPU
-    pool = make_pool(others, _start_worker, (start, numbers))
-    try:
-        with _threads(start.threads):
-            yield from _share(answerer, list(questions), pool, others)
-    except BrokenProcessPool as error:
-        raise ShadowKVError(
-            "A worker process ended unexpectedly (out of memory?): run the same command again with "
-            "a smaller --num-workers; what was written is kept."
-        ) from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    with worker_pool(others, _start_worker, (start, numbers)) as pool, _threads(start.threads):
+        yield from _share(answerer, list(questions), pool, others)
 
 
 @contextmanager

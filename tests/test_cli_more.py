@@ -363,6 +363,8 @@ def test_ctrl_c_reaches_workers_through_the_main_process_only(tmp_path: Path) ->
         stdout=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
+        # A shell's background jobs ignore Ctrl-C, and so would what pytest starts among them.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     file = tmp_path / "d" / "manifest.json"
     end = time.monotonic() + 60

@@ -13,10 +13,14 @@ from shadowkv_cli.console import notice, print_json, print_table
 from shadowkv_cli.option_groups import check_revision, given_lengths, given_names
 from shadowkv_cli.options import (
     ConfigOption,
+    DatasetOption,
     DryRunOption,
     JsonOption,
     OfflineOption,
     TasksOption,
+    TemplateOption,
+    TokenizerOption,
+    TokenizerRevisionOption,
     TrustOption,
 )
 
@@ -35,13 +39,7 @@ def build_data(ctx: typer.Context) -> None:
 
 @app.command()
 def ruler(
-    tokenizer: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME|PATH|demo|smollm2",
-            help="Tokenizer of the model that will read the prompts.",
-        ),
-    ],
+    tokenizer: TokenizerOption,
     context_length: Annotated[
         list[str],
         typer.Option(
@@ -50,18 +48,12 @@ def ruler(
             help="Tokens of prompt and answer, like 4k or 131072; commas or repeats.",
         ),
     ],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the dataset.")],
+    output: DatasetOption,
     num_samples: Annotated[
         int, typer.Option(metavar="N", help="Samples per task and length.")
     ] = 96,
     tasks: TasksOption = None,
-    template: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="Chat template: auto (the tokenizer's own, or none), base, llama-3, glm, …",
-        ),
-    ] = "auto",
+    template: TemplateOption = "auto",
     sources: Annotated[
         Literal["hub", "synthetic"] | None,
         typer.Option(
@@ -85,10 +77,7 @@ def ruler(
         int | None,
         typer.Option(metavar="N", help="Processes; by default several where it pays."),
     ] = None,
-    revision: Annotated[
-        str | None,
-        typer.Option(metavar="REVISION", help="Branch, tag or commit of the tokenizer on the hub."),
-    ] = None,
+    revision: TokenizerRevisionOption = None,
     trust_remote_code: TrustOption = False,
     offline: OfflineOption = False,
     dry_run: DryRunOption = False,

@@ -15,10 +15,14 @@ from shadowkv_cli.errors import UsageError
 from shadowkv_cli.option_groups import check_revision, given_names, spread
 from shadowkv_cli.options import (
     ConfigOption,
+    DatasetOption,
     DryRunOption,
     JsonOption,
     OfflineOption,
     TasksOption,
+    TemplateOption,
+    TokenizerOption,
+    TokenizerRevisionOption,
     TrustOption,
 )
 
@@ -35,14 +39,8 @@ V2_MAX_LENGTH = "120000"
 class BuildOptions:
     """What both benchmarks ask."""
 
-    tokenizer: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME|PATH|demo|smollm2",
-            help="Tokenizer of the model that will read the prompts.",
-        ),
-    ]
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the dataset.")]
+    tokenizer: TokenizerOption
+    output: DatasetOption
     source: Annotated[
         Path | None,
         typer.Option(
@@ -57,17 +55,8 @@ class BuildOptions:
         str | None,
         typer.Option(metavar="LENGTH", help="Leave out prompts of fewer tokens, such as 4k."),
     ] = None
-    template: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="Chat template: auto (the tokenizer's own, or none), base, llama-3, glm, …",
-        ),
-    ] = "auto"
-    revision: Annotated[
-        str | None,
-        typer.Option(metavar="REVISION", help="Branch, tag or commit of the tokenizer on the hub."),
-    ] = None
+    template: TemplateOption = "auto"
+    revision: TokenizerRevisionOption = None
     trust_remote_code: TrustOption = False
     offline: OfflineOption = False
     dry_run: DryRunOption = False

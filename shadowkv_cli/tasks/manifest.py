@@ -51,6 +51,20 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def no_rows_yet() -> dict[str, Any]:
+    """The part of a new manifest that says what is there: nothing, and nothing against it."""
+    return {
+        "synthetic": False,
+        "comparable_with_published": True,
+        "note": "",
+        "tasks": [],
+        "context_lengths": [],
+        "num_samples": 0,
+        "rows": {},
+        "fill": {},
+    }
+
+
 def plan_rows(
     manifest: dict[str, Any],
     context_length: int,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,32 @@ def read_pieces(output: Path, wanted: Sequence[tuple[str, int, int]]) -> list[Pi
             Piece(task, length, continue_rows(_file(output, task, length), task, length), count)
             for task, length, count in wanted
         ]
+
+
+def forecast(
+    pieces: Sequence[Piece], make: Callable[[Piece], Sample], num_workers: int = 1
+) -> list[dict[str, Any]]:
+    """What a build would write, one entry per piece, from one sample made of each by `make`."""
+    entries = []
+    for piece in pieces:
+        entry: dict[str, Any] = {
+            "context_length": piece.context_length,
+            "task": piece.task,
+            "existing": len(piece.existing),
+            "prompts": piece.missing,
+            "tokens": 0,
+            "bytes": 0,
+            "seconds": 0.0,
+        }
+        if piece.missing:
+            start = time.perf_counter()
+            sample = make(piece)
+            seconds = time.perf_counter() - start
+            entry["tokens"] = piece.missing * sample.prompt_tokens
+            entry["bytes"] = piece.missing * (len(sample.to_json().encode()) + 1)
+            entry["seconds"] = round(piece.missing * seconds / num_workers, 3)
+        entries.append(entry)
+    return entries
 
 
 def write_missing(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from shadowkv_cli.tasks.manifest import continue_manifest, plan_rows
 from shadowkv_cli.tasks.rows import Sample
 from shadowkv_cli.tasks.tokenization import encode_prompt, load_tokenizer, tokenizer_fingerprint
 from shadowkv_cli.tasks.wrappers import AUTO, BASE, check_template_name, resolve_wrapper
-from shadowkv_cli.tasks.writing import read_pieces, write_missing
+from shadowkv_cli.tasks.writing import forecast, read_pieces, write_missing
 
 LEAST_MAX_LENGTH = 64
 MAX_CONTEXT = 16 * 1024**2
@@ -177,26 +176,7 @@ class LongBenchBuild:
 
     def forecast(self) -> list[dict[str, Any]]:
         """What `run` would write, one entry per dataset, from one sample made of each."""
-        entries = []
-        for piece in self.pieces:
-            entry: dict[str, Any] = {
-                "context_length": piece.context_length,
-                "task": piece.task,
-                "existing": len(piece.existing),
-                "prompts": piece.missing,
-                "tokens": 0,
-                "bytes": 0,
-                "seconds": 0.0,
-            }
-            if piece.missing:
-                start = time.perf_counter()
-                sample = next(self._samples(piece.task, piece.numbers))
-                seconds = time.perf_counter() - start
-                entry["tokens"] = piece.missing * sample.prompt_tokens
-                entry["bytes"] = piece.missing * (len(sample.to_json().encode()) + 1)
-                entry["seconds"] = round(piece.missing * seconds, 3)
-            entries.append(entry)
-        return entries
+        return forecast(self.pieces, lambda piece: next(self._samples(piece.task, piece.numbers)))
 
     def run(self) -> None:
         """Write the rows that are missing. What is finished stays if this is stopped."""

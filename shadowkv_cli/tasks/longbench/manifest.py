@@ -6,6 +6,7 @@ from typing import Any
 
 from shadowkv_cli.console import SCHEMA_VERSION
 from shadowkv_cli.tasks.longbench.suites import LONGBENCH_V2, Suite
+from shadowkv_cli.tasks.manifest import no_rows_yet
 
 DIALECT = "THUDM/LongBench 2e00731"
 GENERATOR_VERSION = 1
@@ -43,14 +44,7 @@ def new_manifest(
         "tokenizer": tokenizer,
         "template": template,
         "sources": dict(sorted(sources.items())),
-        "synthetic": False,
-        "comparable_with_published": True,
-        "note": "",
-        "tasks": [],
-        "context_lengths": [],
-        "num_samples": 0,
-        "rows": {},
-        "fill": {},
+        **no_rows_yet(),
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from shadowkv_cli.catalogue.places import without_hub
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.tasks.manifest import continue_manifest
+from shadowkv_cli.tasks.rows import Sample
 from shadowkv_cli.tasks.ruler.definitions import choose_tasks, definitions
 from shadowkv_cli.tasks.ruler.draws import Workbench
 from shadowkv_cli.tasks.ruler.manifest import new_manifest, plan_ruler_rows
@@ -22,7 +22,7 @@ from shadowkv_cli.tasks.ruler.words import wonderwords_version
 from shadowkv_cli.tasks.ruler.workers import Job, TokenizerName, make_samples
 from shadowkv_cli.tasks.tokenization import tokenizer_fingerprint
 from shadowkv_cli.tasks.wrappers import AUTO, check_template_name, resolve_wrapper
-from shadowkv_cli.tasks.writing import read_pieces, write_missing
+from shadowkv_cli.tasks.writing import Piece, forecast, read_pieces, write_missing
 
 TOKENS_WORTH_WORKERS = 5_000_000
 """Below this many tokens one process is done before others have started."""
@@ -154,27 +154,12 @@ class RulerBuild:
 
     def forecast(self) -> list[dict[str, Any]]:
         """What `run` would write, one entry per task and length, from one sample made of each."""
-        entries = []
-        for piece in self.pieces:
-            entry: dict[str, Any] = {
-                "context_length": piece.context_length,
-                "task": piece.task,
-                "existing": len(piece.existing),
-                "prompts": piece.missing,
-                "tokens": 0,
-                "bytes": 0,
-                "seconds": 0.0,
-            }
-            if piece.missing:
-                start = time.perf_counter()
-                calibration = self.calibrations[piece.task, piece.context_length]
-                sample = make_sample(self.bench, piece.task, piece.context_length, 0, calibration)
-                seconds = time.perf_counter() - start
-                entry["tokens"] = piece.missing * sample.prompt_tokens
-                entry["bytes"] = piece.missing * (len(sample.to_json().encode()) + 1)
-                entry["seconds"] = round(piece.missing * seconds / self.num_workers, 3)
-            entries.append(entry)
-        return entries
+
+        def first(piece: Piece) -> Sample:
+            calibration = self.calibrations[piece.task, piece.context_length]
+            return make_sample(self.bench, piece.task, piece.context_length, 0, calibration)
+
+        return forecast(self.pieces, first, self.num_workers)
 
     def run(self) -> None:
         """Write the rows that are missing. What is finished stays if this is stopped."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from shadowkv_cli.console import SCHEMA_VERSION
-from shadowkv_cli.tasks.manifest import plan_rows
+from shadowkv_cli.tasks.manifest import no_rows_yet, plan_rows
 from shadowkv_cli.tasks.ruler.definitions import definitions
 
 DIALECT = "nvidia-main c3f5e3b, per-sample fit"
@@ -52,14 +52,7 @@ def new_manifest(
         "sentence_splitter": sentence_splitter,
         "wonderwords": wonderwords,
         "sources": dict(sorted(sources.items())),
-        "synthetic": False,
-        "comparable_with_published": True,
-        "note": "",
-        "tasks": [],
-        "context_lengths": [],
-        "num_samples": 0,
-        "rows": {},
-        "fill": {},
+        **no_rows_yet(),
     }
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
-from shadowkv_cli.errors import ShadowKVError
-from shadowkv_cli.processes import make_pool, submit
+from shadowkv_cli.processes import submit, worker_pool
 from shadowkv_cli.tasks.rows import Sample
 from shadowkv_cli.tasks.ruler.draws import Workbench
 from shadowkv_cli.tasks.ruler.fit import Calibration
@@ -72,8 +70,7 @@ def make_samples(
             yield make_sample(bench, job.task, job.context_length, job.index, job.calibration)
         return
     start = (tokenizer, bench.wrapper, bench.sources, bench.seed)
-    pool = make_pool(num_workers, _start_worker, start)
-    try:
+    with worker_pool(num_workers, _start_worker, start) as pool:
         waiting: deque[Future[Sample]] = deque()
         for job in jobs:
             waiting.append(submit(pool, _run, job))
@@ -81,10 +78,3 @@ def make_samples(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise ShadowKVError(
-            "A worker process ended unexpectedly (out of memory?): run the same command again with "
-            "a smaller --num-workers; what was written is kept."
-        ) from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
