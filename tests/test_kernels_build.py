@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,6 +114,16 @@ def test_what_they_do_not_serve_is_named(
     lacking = compiled._lacking(dtype, head_dim, group, sections)
     assert words in lacking
     assert bool(lacking) == bool(words)
+
+
+def test_ops_of_any_size_are_named_by_dtype_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking: list[str] = []
+    monkeypatch.setattr(compiled, "_judge", lambda words: lacking.append(words) or not words)
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    assert compiled.serves_any_size(on_gpu)
+    assert not compiled.serves_any_size(SimpleNamespace(is_cuda=True, dtype=torch.float64))
+    assert lacking == ["", "torch.float64"]
+    assert compiled.serves_any_size(torch.ones(1, dtype=torch.float64)), "a CPU has the reference"
 
 
 def test_a_gpu_without_them_is_told_once(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from shadowkv_cli import ops
-from shadowkv_cli.ops import cases, compiled
+from shadowkv_cli.ops import cases, compiled, layer_cases
 from shadowkv_cli.ops.cases import Sizes, random_sizes
 
 pytestmark = pytest.mark.gpu
@@ -45,7 +45,29 @@ def case_name(sizes: Sizes) -> str:
     return f"{str(sizes.dtype)[6:]}-d{sizes.dim}-g{sizes.group}-c{sizes.chunk_size}-{sizes.seed}"
 
 
+ODD = [
+    Sizes(device=DEVICE, dim=dim, pairs=pairs, spare=spare, heads=heads, group=group, dtype=dtype,
+          prompts=prompts, interleaved=interleaved, chunks=5)
+    for dtype in (BF16, FP16, FP32)
+    for dim, pairs, spare, heads, group, prompts, interleaved in (
+        (80, 40, 0, 2, 4, 1, False),  # whole words, and another head dimension
+        (80, 16, 8, 2, 4, 2, True),
+        (128, 64, 1, 2, 4, 1, False),  # aligned in itself, but not from row to row
+        (7, 2, 0, 3, 1, 2, True),
+        (7, 3, 3, 1, 3, 1, False),
+        (5, 0, 0, 1, 1, 1, False),  # rows of 5, and nothing to rotate
+        (2, 1, 0, 1, 1, 2, True),
+        (1, 0, 0, 3, 1, 1, False),
+        (128, 64, 0, 4, 16, 1, True),  # rows of 8,192
+        (128, 64, 0, 8, 16, 1, False),  # and 16,384
+        (128, 64, 8, 8, 20, 2, False),  # and 20,480
+    )
+]  # fmt: skip
+ANY_SIZES = [*SIZES, *ODD]
+"""Also for ops that work on elements one by one."""
+
 every_size = pytest.mark.parametrize("sizes", SIZES, ids=case_name)
+any_size = pytest.mark.parametrize("sizes", ANY_SIZES, ids=case_name)
 every_op = pytest.mark.parametrize("name", cases.ARGUMENTS)
 
 
@@ -234,6 +256,96 @@ def test_sparse_attention(sizes: Sizes) -> None:
     assert (found[1][~some] == -math.inf).all()
 
 
+@any_size
+@pytest.mark.parametrize("name", ["rms_norm", "gated_silu"])
+def test_ops_on_rows(name: str, sizes: Sizes) -> None:
+    arguments = cases.ARGUMENTS[name](sizes)
+    found, plain = kernel(name, arguments), reference(name, arguments)
+    assert found.is_contiguous()
+    assert_close(found, plain, reference(name, in_float32(arguments)), sizes)
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "gated_silu"])
+@pytest.mark.parametrize("shape", [(6,), (0, 6), (2, 0), (3, 1, 2, 6), (4097, 64), (70_000, 8)])
+def test_ops_on_rows_of_any_shape(name: str, shape: tuple[int, ...]) -> None:
+    """Also views whose leading dimensions are swapped, repeated or left out."""
+    g = torch.Generator(DEVICE).manual_seed(0)
+    x, weight = (
+        torch.randn(size, generator=g, device=DEVICE).to(BF16) for size in (shape, shape[-1:])
+    )
+    views = [x, x[None], x.expand(2, *shape), x[None].expand(2, 3, *shape)]
+    views += [x.transpose(0, -2)] if len(shape) > 2 else []
+    for view in views:
+        arguments = {"gate": view, "up": view.flip(-1)}
+        if name == "rms_norm":
+            arguments = {"x": view, "weight": weight, "eps": 1e-6}
+        found, plain = kernel(name, arguments), reference(name, arguments)
+        exact = reference(name, in_float32(arguments))
+        assert found.is_contiguous()
+        assert_close(found, plain, exact, (shape, view.stride()))
+
+
+@pytest.mark.parametrize("width", [64, 4096, 5000, 16_384])
+def test_other_rows_change_no_bit_of_a_norm(width: int) -> None:
+    arguments = layer_cases.norm_arguments(
+        Sizes(device=DEVICE, dim=width, heads=1, group=1, rows=40, spare=0, poison=False)
+    )
+    expected = kernel("rms_norm", arguments)
+    alone = arguments | {"x": arguments["x"][7, 1]}
+    assert same_bits(kernel("rms_norm", alone), expected[7, 1])
+
+
+@any_size
+@pytest.mark.parametrize("tokens", [1, 3, 70])
+def test_rotate_heads(sizes: Sizes, tokens: int) -> None:
+    """Equal to the bit: the float32 arithmetic is that of torch."""
+    arguments = layer_cases.rotate_arguments(sizes, tokens=tokens)
+    found, plain = kernel("rotate_heads", arguments), reference("rotate_heads", arguments)
+    for ours, theirs in zip(found, plain, strict=True):
+        assert ours.is_contiguous()
+        assert same_bits(ours, theirs), sizes
+
+
+@pytest.mark.parametrize("empty", ["query", "key", "rows", "tokens"])
+def test_rotate_heads_of_nothing(empty: str) -> None:
+    arguments = layer_cases.rotate_arguments(Sizes(device=DEVICE))
+    if empty in ("query", "key"):
+        arguments[empty] = arguments[empty][:, :0]
+    else:
+        for name in ("query", "key", "cos", "sin"):
+            x = arguments[name]
+            arguments[name] = x[:0] if empty == "rows" else x[..., :0, :]
+    found, plain = kernel("rotate_heads", arguments), reference("rotate_heads", arguments)
+    for ours, theirs in zip(found, plain, strict=True):
+        assert ours.shape == theirs.shape
+        assert same_bits(ours, theirs)
+
+
+@any_size
+def test_append_tokens(sizes: Sizes) -> None:
+    arguments = layer_cases.append_arguments(sizes)
+    theirs = copied(arguments)
+    kernel("append_tokens", arguments)
+    reference("append_tokens", theirs)
+    for name in ("keys", "values"):
+        assert same_bits(arguments[name], theirs[name]), sizes
+
+
+def test_append_tokens_passes_over_what_lies_outside() -> None:
+    sizes = Sizes(device=DEVICE, rows=6, prompts=3, chunks=4)
+    arguments = layer_cases.append_arguments(sizes)
+    room, index = arguments["keys"].shape[2], {"dtype": torch.int32, "device": DEVICE}
+    arguments["plane"] = torch.tensor([0, 3, -1, 1, 1, 2], **index)
+    arguments["place"] = torch.tensor([-1, 0, 0, room + 3, room, room - 1], **index)
+    theirs = copied(arguments)
+    kernel("append_tokens", arguments)
+    theirs["keys"][2, :, room - 1] = theirs["key"][5]
+    theirs["values"][2, :, room - 1] = theirs["value"][5]
+    theirs["values"][1, :, room] = theirs["value"][4]
+    for name in ("keys", "values"):
+        assert same_bits(arguments[name], theirs[name]), name
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_neither_slots_nor_other_rows_change_a_bit(dtype: torch.dtype) -> None:
     sizes = Sizes(rows=4, wanted=40, slots=60, dim=128, dtype=dtype, device=DEVICE)
@@ -321,6 +433,16 @@ def test_what_is_not_compiled_runs_on_torch(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err.count("head dimension of 80") == 1
 
 
+def test_ops_of_any_size_are_never_left_to_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    compiled._say_once.cache_clear()
+    for name in layer_cases.ANY_SIZE:
+        getattr(ops, name)(**cases.ARGUMENTS[name](Sizes(dim=80, pairs=40, device=DEVICE)))
+    assert capsys.readouterr().err == ""
+    doubles = torch.ones(2, 4, dtype=torch.float64, device=DEVICE)
+    assert ops.gated_silu(doubles, doubles).dtype == torch.float64
+    assert "float64" in capsys.readouterr().err
+
+
 def test_values_that_are_not_pinned_are_refused_by_the_kernel_alone() -> None:
     arguments = cases.fetch_arguments(Sizes(device=DEVICE))
     arguments["values"] = arguments["values"].cpu()
@@ -343,6 +465,15 @@ def test_values_that_are_not_pinned_are_refused_by_the_kernel_alone() -> None:
         ("rebuild_keys", {"basis": lambda x: x[:, :, :5]}, "basis must be"),
         ("fetch_values", {"misses": lambda x: x.int()}, "misses must be bool"),
         ("build_landmarks", {"per_chunk": lambda x: 3}, "do not divide"),
+        ("rms_norm", {"weight": lambda x: x[1:]}, "weight must be"),
+        ("rms_norm", {"x": lambda x: x.double(), "weight": lambda x: x.double()}, "dtype must be"),
+        ("gated_silu", {"up": lambda x: x[:, :1]}, "up must be"),
+        ("gated_silu", {"gate": lambda x: x.mT, "up": lambda x: x.mT}, "gate must be contiguous"),
+        ("rotate_heads", {"key": lambda x: x.float()}, "key must have the dtype"),
+        ("rotate_heads", {"cos": lambda x: x[:2]}, "cos must have 1 row or 3"),
+        ("rotate_heads", {"sin": lambda x: x[..., 2:]}, "sin must be"),
+        ("append_tokens", {"place": lambda x: x.long()}, "place must be int32"),
+        ("append_tokens", {"values": lambda x: x[:, :1]}, "values must be"),
     ],
 )
 def test_refusals_name_the_tensor(name: str, change: dict[str, Any], words: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shadowkv_cli import ops
+from shadowkv_cli.ops import cases, layer_cases
 
 INT32_MAX = torch.iinfo(torch.int32).max
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -650,6 +651,7 @@ def op_arguments() -> dict[str, list]:
     query, keys = torch.randn(2, 4, 16, generator=g), torch.randn(1, 2, 12, 16, generator=g)
     ids = ids_of(g, [[3, 2], [1, 0]], 6, 3)
     table = torch.full((2, 2, 4), -1, dtype=torch.int32)
+    small = cases.Sizes(device="cpu", dim=8, pairs=3, chunks=2, poison=False)
     return {
         "build_landmarks": [keys[0], 4, 2],
         "select_chunks": [
@@ -680,6 +682,7 @@ def op_arguments() -> dict[str, list]:
         "rebuild_keys": list(rebuild.values()),
         "full_attention": [query, keys, keys.clone(), ints([0, 0]), ints([12, 5]), 0.25],
         "sparse_attention": list(sparse.values()),
+        **{name: list(cases.ARGUMENTS[name](small).values()) for name in layer_cases.ANY_SIZE},
     }
 
 

@@ -36,4 +36,14 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor query, Tensor keys, Tensor va
                                             std::vector<int64_t> capacities, int64_t chunk_size,
                                             double scale);
 
+Tensor rms_norm(Tensor x, Tensor weight, double eps);
+
+Tensor gated_silu(Tensor gate, Tensor up);
+
+std::tuple<Tensor, Tensor> rotate_heads(Tensor query, Tensor key, Tensor cos, Tensor sin,
+                                        bool interleaved);
+
+void append_tokens(Tensor key, Tensor value, Tensor plane, Tensor place, Tensor keys,
+                   Tensor values);
+
 }  // namespace shadowkv

@@ -9,4 +9,8 @@ STABLE_TORCH_LIBRARY_IMPL(shadowkv, CUDA, m) {
   m.impl("rebuild_keys", TORCH_BOX(&shadowkv::rebuild_keys));
   m.impl("full_attention", TORCH_BOX(&shadowkv::full_attention));
   m.impl("sparse_attention", TORCH_BOX(&shadowkv::sparse_attention));
+  m.impl("rms_norm", TORCH_BOX(&shadowkv::rms_norm));
+  m.impl("gated_silu", TORCH_BOX(&shadowkv::gated_silu));
+  m.impl("rotate_heads", TORCH_BOX(&shadowkv::rotate_heads));
+  m.impl("append_tokens", TORCH_BOX(&shadowkv::append_tokens));
 }

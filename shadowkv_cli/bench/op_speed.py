@@ -13,6 +13,7 @@ import argparse
 import importlib
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from shadowkv_cli.bench import probes
 from shadowkv_cli.config import parse_token_count, split_list
 from shadowkv_cli.console import notice, print_json, print_table
-from shadowkv_cli.ops import cases, compiled
+from shadowkv_cli.ops import cases, compiled, layer_cases
 from shadowkv_cli.ops.cases import Arguments, Sizes
 
 LAUNCHES, REPLAYS, EAGER = 20, 5, 3
@@ -30,6 +31,13 @@ COLD_BYTES = 400e6
 
 MISSES = 0.4
 """Share of the selected chunks that are fetched and rebuilt."""
+
+COLUMN_OPS = {
+    "gated_silu": layer_cases.gate_arguments,
+    "rms_norm": layer_cases.norm_arguments,
+    "rotate_heads": layer_cases.rotate_arguments,
+}
+"""Measured on all tokens of one prompt as well as on one token a row."""
 
 
 def sizes_of(rows: int, tokens: int, chunk_size: int, budget: int, rank: int) -> Sizes:
@@ -51,12 +59,18 @@ def sizes_of(rows: int, tokens: int, chunk_size: int, budget: int, rank: int) ->
     )
 
 
+def tokens_of(op: str, s: Sizes) -> int:
+    """Tokens that an op on the columns of a matrix product serves at once."""
+    return s.tokens if op.endswith("(prompt)") else s.rows
+
+
 def moved_bytes(op: str, s: Sizes) -> float:
     """Bytes that must be read and written once, indices left out."""
     element, planes = 2, s.rows * s.heads
-    token = s.dim * element
+    token, at_once = s.dim * element, tokens_of(op, s)
     missed = planes * s.wanted * s.chunk_size * MISSES
     return {
+        "append_tokens": 4 * planes * token,
         "build_landmarks": s.heads * (s.tokens + s.chunks) * token,
         "select_chunks": planes * s.chunks * (token * s.landmarks + 1),
         "update_residency": planes * (s.wanted * 9 + s.slots * 8),
@@ -65,7 +79,10 @@ def moved_bytes(op: str, s: Sizes) -> float:
         "rebuild_keys": missed * (s.rank * element + token) + planes * s.rank * token,
         "sparse_attention": 2 * planes * (sum(s.fixed) + s.wanted * s.chunk_size) * token,
         "full_attention": 2 * planes * s.tokens * token,
-    }[op]
+        "gated_silu": 3 * at_once * s.inner * element,
+        "rms_norm": (2 * at_once + 1) * s.hidden * element,
+        "rotate_heads": 2 * at_once * (s.heads * (s.group + 1) * token + s.pairs * element),
+    }[op.removesuffix(" (prompt)")]
 
 
 def input_bytes(op: str, s: Sizes) -> float:
@@ -73,6 +90,7 @@ def input_bytes(op: str, s: Sizes) -> float:
     token, planes = s.dim * 2, s.rows * s.heads
     buffers = planes * (sum(s.fixed) + s.slots * s.chunk_size) * token
     return {
+        "append_tokens": 2 * planes * s.tokens * token,
         "build_landmarks": s.heads * s.tokens * token,
         "fetch_values": planes * s.tokens * token + buffers,
         "fetch_values (host)": buffers,
@@ -87,6 +105,11 @@ def make(op: str, s: Sizes) -> Arguments:
         return cases.fetch_arguments(s, pinned=op != "fetch_values", share=MISSES)
     if op == "rebuild_keys":
         return cases.rebuild_arguments(s, share=MISSES)
+    if op in COLUMN_OPS:
+        return COLUMN_OPS[op](s, tokens=1)
+    if op.endswith("(prompt)"):
+        alone = replace(s, rows=1, prompts=1)
+        return COLUMN_OPS[op.partition(" ")[0]](alone, tokens=s.tokens)
     return cases.ARGUMENTS[op](s)
 
 
@@ -171,9 +194,9 @@ def measure_all(sizes: Sequence[Sizes]) -> tuple[list[dict[str, Any]], dict[str,
     bus = peak.h2d_gb_s or 1.0
     rows = []
     for s in sizes:
-        ops = [*cases.ARGUMENTS, "fetch_values (host)"]
+        ops = [*cases.ARGUMENTS, "fetch_values (host)", *(f"{op} (prompt)" for op in COLUMN_OPS)]
         for op in sorted(ops):
-            if op == "build_landmarks" and s is not sizes[0]:
+            if (op == "build_landmarks" or "(prompt)" in op) and s is not sizes[0]:
                 continue  # one prompt at a time, whatever the batch
             torch.cuda.empty_cache()
             free, _ = torch.cuda.mem_get_info(device)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shadowkv_cli.ops import layer_cases
+
 Arguments = dict[str, Any]
 """In the order of the op's schema."""
 
@@ -52,6 +54,16 @@ class Sizes:
     @property
     def tokens(self) -> int:
         return self.chunks * self.chunk_size
+
+    @property
+    def hidden(self) -> int:
+        """Width of a layer's input, H."""
+        return self.heads * self.group * self.dim
+
+    @property
+    def inner(self) -> int:
+        """Width of its feed-forward part, F: 3.5 times H, as in Llama-3.1-8B."""
+        return 7 * self.hidden // 2
 
     def generator(self) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(self.seed)
@@ -290,10 +302,14 @@ def sparse_arguments(s: Sizes) -> Arguments:
 
 
 ARGUMENTS = {
+    "append_tokens": layer_cases.append_arguments,
     "build_landmarks": landmark_arguments,
     "fetch_values": fetch_arguments,
     "full_attention": full_arguments,
+    "gated_silu": layer_cases.gate_arguments,
     "rebuild_keys": rebuild_arguments,
+    "rms_norm": layer_cases.norm_arguments,
+    "rotate_heads": layer_cases.rotate_arguments,
     "select_chunks": select_arguments,
     "sparse_attention": sparse_arguments,
     "update_residency": residency_arguments,

@@ -54,6 +54,12 @@ def serves(tensor: Tensor, head_dim: int, *, group: int = 1, sections: int = 1) 
     return not tensor.is_cuda or _judge(_lacking(tensor.dtype, head_dim, group, sections))
 
 
+def serves_any_size(tensor: Tensor) -> bool:
+    """The same of an op that works on elements one by one: every size, but not every dtype."""
+    lacking = "" if tensor.dtype in DTYPES else str(tensor.dtype)
+    return not tensor.is_cuda or _judge(lacking)
+
+
 def serves_copies(source: Tensor, target: Tensor) -> bool:
     """The same of an op that only moves bytes, to a GPU from wherever they are."""
     if not target.is_cuda:

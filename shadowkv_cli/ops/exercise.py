@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from shadowkv_cli.ops import cases, compiled
+from shadowkv_cli.ops import cases, compiled, layer_cases
 from shadowkv_cli.ops.cases import Sizes
 
 SIZES = [
@@ -18,16 +18,25 @@ SIZES = [
     Sizes(dtype=torch.float32, dim=96, group=3, chunk_size=1, pairs=7, interleaved=True),
     Sizes(rows=4, heads=3, group=16, dim=96, chunks=300, wanted=100, slots=170, fixed=(0, 3)),
 ]
+ODD_SIZES = [
+    Sizes(dim=80, pairs=40, spare=0),
+    Sizes(dim=7, pairs=2, spare=1, group=3, interleaved=True),
+    Sizes(dim=5, pairs=1, group=1, heads=1, spare=0, dtype=torch.float32),
+    Sizes(dim=128, group=16, heads=8, spare=0, pairs=64),
+    Sizes(dim=128, group=16, heads=8, spare=0, pairs=64, dtype=torch.float32),
+]
+"""Of ops that serve any: what 16-byte words do not fit, and the longest rows."""
 
 
 def main() -> None:
     if compiled.ABSENT or not torch.cuda.is_available():
         sys.exit(f"kernels: {compiled.ABSENT or 'loaded'}; GPU: {torch.cuda.is_available()}")
-    for sizes in SIZES:
-        for name, arguments in cases.ARGUMENTS.items():
-            getattr(torch.ops.shadowkv, name)(*arguments(sizes).values())
-            torch.cuda.synchronize()
-            print("ran", name, sizes.dtype, flush=True)
+    runs = [(sizes, name) for sizes in SIZES for name in cases.ARGUMENTS]
+    runs += [(sizes, name) for sizes in ODD_SIZES for name in layer_cases.ANY_SIZE]
+    for sizes, name in runs:
+        getattr(torch.ops.shadowkv, name)(*cases.ARGUMENTS[name](sizes).values())
+        torch.cuda.synchronize()
+        print("ran", name, sizes.dtype, flush=True)
 
 
 if __name__ == "__main__":
