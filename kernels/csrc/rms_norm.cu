@@ -18,7 +18,8 @@ void launch_words(const NormParams& p, const Device& device) {
       <<<ceil_div(p.rows, threads / TEAM), threads, 0, device.stream()>>>(p);
 }
 
-/// Two words a thread, and more where a team of the largest size would not hold the row.
+/// Two words a thread, and more where a team of the largest size would not hold the row: up to
+/// 16,384 elements of any dtype.
 template <typename T>
 void launch_by_width(const NormParams& p, const Device& device) {
   const int words = p.width / static_cast<int>(16 / sizeof(T));
@@ -28,7 +29,9 @@ void launch_by_width(const NormParams& p, const Device& device) {
   if (words <= 512) return launch_words<T, 256, 2>(p, device);
   if (words <= 1024) return launch_words<T, MOST_NORM_THREADS, 2>(p, device);
   if (words <= 2048) return launch_words<T, MOST_NORM_THREADS, 4>(p, device);
-  if (words <= 4096) return launch_words<T, MOST_NORM_THREADS, 8>(p, device);
+  if constexpr (sizeof(T) == 4) {
+    if (words <= 4096) return launch_words<T, MOST_NORM_THREADS, 8>(p, device);
+  }
   normalise_elements<T><<<p.rows, NORM_THREADS, 0, device.stream()>>>(p);
 }
 
