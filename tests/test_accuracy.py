@@ -274,7 +274,8 @@ def attend_beside_full() -> tuple[Tensor, Tensor]:
     outputs = []
     for group in groups:
         group.prefill_layer(0, prompt, torch.zeros(2, 256, 16), keys, values)
-        group.step()
+        group.make_room(1)
+        group.advance()
         group.append(0, torch.zeros(1, 1, 1, 16), torch.zeros(1, 1, 1, 16))
         outputs.append(group.attend(0, query[None, :, None], 1.0)[0, :, 0])
     return outputs[1], outputs[0]

@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "shadowkv_cli"
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "pandas", "scipy", "statsmodels")
 
 BASE = (
-    *("errors", "console", "config", "cells", "run_config", "environment", "processes"),
+    *("errors", "console", "config", "cells", "shared_bytes", "run_config", "environment"),
+    "processes",
     *("rowlog", "stats", "results", "summary"),
 )
 LAYERS = (BASE, ("catalogue",), ("tasks", "ops"), ("methods",), ("model",), ("bench",))

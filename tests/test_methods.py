@@ -111,12 +111,14 @@ class Bench:
         """Decode step i (from 0): outputs of layer 0, [R, Hq, D]."""
         out = torch.empty(len(self.rows), self.shape.num_q_heads, DIM)
         for places, group in self.groups:
-            group.step()
+            group.make_room(1)
+            group.advance()
             for layer, (q, k, v) in enumerate(self.new):
                 group.append(layer, k[i, places][:, :, None], v[i, places][:, :, None])
                 found = group.attend(layer, q[i, places][:, :, None], self.scale)[:, :, 0]
                 if layer == 0:
                     out[places] = found
+            group.finish()
         return out
 
     def run(self, steps: int) -> list[Tensor]:
@@ -400,10 +402,12 @@ def test_reset_forgets_a_step_that_was_not_finite(name: str) -> None:
     clean = bench.run(2)
     [(_, group)] = bench.groups
     group.reset()
-    group.step()
+    group.make_room(1)
+    group.advance()
     group.append(0, torch.full((1, 2, 1, DIM), math.nan), torch.full((1, 2, 1, DIM), math.inf))
     group.attend(0, torch.full((1, 4, 1, DIM), math.nan), bench.scale)
-    group.step()
+    group.make_room(1)
+    group.advance()
     group.append(0, torch.full((1, 2, 1, DIM), math.nan), torch.full((1, 2, 1, DIM), math.inf))
     group.reset()
     for before, now in zip(clean, bench.run(2), strict=True):
@@ -419,7 +423,7 @@ def test_more_tokens_than_there_is_room_for(name: str) -> None:
     bench = Bench([spec_of(name)], [90], steps=3)
     bench.run(3)
     with pytest.raises(AssertionError, match="3"):
-        bench.groups[0][1].step()
+        bench.groups[0][1].make_room(1)
 
 
 @pytest.mark.parametrize("name", ALL)

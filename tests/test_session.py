@@ -123,8 +123,8 @@ def test_rows_that_end_leave_the_others_as_they_were() -> None:
     session = Session(loaded, specs, prompt_tokens=403, new_tokens=24)
     first = session.prefill(ids, key="a").argmax(-1).expand(len(specs))
     widths = []
-    step = session.decode_step
-    session.decode_step = lambda tokens: widths.append(len(tokens)) or step(tokens)
+    step = session.next_tokens
+    session.next_tokens = lambda tokens: widths.append(len(tokens)) or step(tokens)
     found = session.generate(first, limits, frozenset())
     assert widths[0] == len(specs)
     assert widths == sorted(widths, reverse=True)

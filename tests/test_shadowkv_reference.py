@@ -298,7 +298,8 @@ def run_group(
     seen, outputs = spied_selection(group), []
     for step in range(steps):
         q, k, v = decoded(step)
-        group.step()
+        group.make_room(1)
+        group.advance()
         group.append(0, k.float()[:, :, None], v.float()[:, :, None])
         outputs.append(group.attend(0, q.float()[:, :, None], scale)[:, :, 0])
     return outputs, seen

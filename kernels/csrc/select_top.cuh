@@ -2,12 +2,28 @@
 //
 // The chunks are ranked by an integer that has the order of the score; 0 is a barred chunk. The
 // score of the last chosen one is found digit by digit, then all chosen are written in their order.
+// Digits are those of the distance from the lowest score: the leading ones of floating-point numbers
+// of one size are all the same, and a thousand threads would count them in one place.
 #pragma once
 
 #include "common/block.cuh"
 #include "select_params.h"
 
 namespace shadowkv {
+
+constexpr int DIGIT_BITS = 11;
+static_assert(DIGITS == 1 << DIGIT_BITS);
+
+/// The lowest and the highest of the block's numbers, with room for 64 words.
+__device__ inline void find_range(uint32_t& lowest, uint32_t& highest, uint32_t* room) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  lowest = __reduce_min_sync(ALL_LANES, lowest);
+  highest = __reduce_max_sync(ALL_LANES, highest);
+  if (lane == 0) room[warp] = lowest, room[32 + warp] = highest;
+  __syncthreads();
+  lowest = __reduce_min_sync(ALL_LANES, lane < warps ? room[lane] : UINT32_MAX);
+  highest = __reduce_max_sync(ALL_LANES, lane < warps ? room[32 + lane] : 0u);
+}
 
 __device__ inline uint32_t ordered(float score) {
   if (score == -INFINITY) return 0;
@@ -53,6 +69,7 @@ __global__ void __launch_bounds__(SELECT_THREADS)
   __shared__ float norms[MAX_QUERY_GROUP];
   __shared__ int histogram[DIGITS];
   __shared__ uint64_t room[33];
+  __shared__ uint32_t range_room[64];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t plane = static_cast<int64_t>(blockIdx.y) * p.heads + blockIdx.x;
   const int count = max(min(p.num_chunks[blockIdx.y], p.chunks), 0);
@@ -72,25 +89,34 @@ __global__ void __launch_bounds__(SELECT_THREADS)
   }
   __syncthreads();
   uint64_t mine = 0, selectable;
+  uint32_t lowest = UINT32_MAX, highest = 0;
   for (int c = threadIdx.x; c < count; c += blockDim.x) {
     const float* logits = p.logits + plane * p.group * p.chunks + c;
     float score = -INFINITY;
     for (int g = 0; g < p.group; ++g) {
       score = fmaxf(score, logits[static_cast<int64_t>(g) * p.chunks] - norms[g]);
     }
-    keys[c] = ordered(score);
-    mine += keys[c] != 0;
+    const uint32_t key = ordered(score);
+    keys[c] = key;
+    if (key) ++mine, lowest = min(lowest, key), highest = max(highest, key);
   }
+  find_range(lowest, highest, range_room);
   scan_block(mine, room, selectable);
   const int wanted = min(max(min(p.budget_chunks[blockIdx.y], p.max_chunks), 0),
                          static_cast<int>(selectable));
   for (int i = wanted + threadIdx.x; i < p.max_chunks; i += blockDim.x) ids[i] = -1;
   if (wanted == 0) return;
 
-  int room_at_cut = wanted;  // after the three digits: how many keys equal to the last may stay
-  uint32_t cut = find_digit(keys, count, 0, 21, 11, room_at_cut, histogram, room);
-  cut = cut << 11 | find_digit(keys, count, cut, 10, 11, room_at_cut, histogram, room);
-  cut = cut << 10 | find_digit(keys, count, cut, 0, 10, room_at_cut, histogram, room);
+  for (int c = threadIdx.x; c < count; c += blockDim.x) {
+    if (keys[c]) keys[c] -= lowest - 1;
+  }
+  int room_at_cut = wanted;  // after all digits: how many keys equal to the last may stay
+  uint32_t cut = 0;
+  for (int left = 32 - __clz(highest - lowest + 1); left > 0;) {
+    const int bits = min(left, DIGIT_BITS);
+    left -= bits;
+    cut = cut << bits | find_digit(keys, count, cut, left, bits, room_at_cut, histogram, room);
+  }
 
   // A thread owns a run of chunks of odd length: neighbours read other banks.
   const int run = ((count + blockDim.x - 1) / blockDim.x) | 1;

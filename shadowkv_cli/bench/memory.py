@@ -9,6 +9,11 @@ import torch
 RESERVE = 0.1
 """Share of the memory that is left for activations, the allocator and everybody else."""
 
+DECODE_RESERVE = 0.03
+"""The same on a GPU that only decodes: the workspace of a step is small."""
+
+CGROUP = Path("/sys/fs/cgroup")
+
 
 def _proc_field(file: str, name: str) -> int:
     """A field of a /proc file in bytes; 0 where the system has none."""
@@ -21,18 +26,34 @@ def _proc_field(file: str, name: str) -> int:
     return 0
 
 
+def _cgroup_number(file: str) -> int | None:
+    """A number of this process's control group (version 2); None for no limit or no such file."""
+    path = CGROUP / file
+    text = path.read_text().strip() if path.is_file() else "max"
+    return int(text) if text.isdigit() else None
+
+
 def free_host_bytes() -> int:
-    """Memory of the host that can be taken without swapping."""
-    return int(_proc_field("/proc/meminfo", "MemAvailable") * (1 - RESERVE))
+    """Memory of the host that can be taken without swapping, or leaving the container's limit."""
+    free = _proc_field("/proc/meminfo", "MemAvailable")
+    limit, used = _cgroup_number("memory.max"), _cgroup_number("memory.current")
+    if limit is not None and used is not None:
+        free = min(free, limit - used)
+    return int(free * (1 - RESERVE))
 
 
-def free_device_bytes(device: torch.device) -> int:
-    """Memory beside the model that caches may take."""
+def free_device_bytes(device: torch.device, reserve: float = RESERVE) -> int:
+    """Memory beside the model that caches may take.
+
+    Args:
+        device: of the model.
+        reserve: share of a GPU's memory that is left.
+    """
     if device.type == "cpu":
         return free_host_bytes()
     free, total = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(free + cached - RESERVE * total)
+    return int(free + cached - reserve * total)
 
 
 class PeakMemory:

@@ -27,7 +27,9 @@ def fill_synthetic(session: Session, prompt_tokens: int) -> torch.Tensor:
         prompt = Prompt(index, prompt_tokens, f"synthetic-{index}")
         session.set_prompt(prompt)
         for layer in range(shape.num_layers):
-            q, k, v = (normal(h) for h in (shape.num_q_heads, *[shape.num_kv_heads] * 2))
+            k, v = normal(shape.num_kv_heads), normal(shape.num_kv_heads)
+            # No method looks at the prompt's queries; theirs would be the largest tensor of all.
+            q = k.new_zeros(1).expand(shape.num_q_heads, prompt_tokens, shape.head_dim)
             store.add_layer(layer, prompt, k, v)
             for _, group in session.groups:
                 group.prefill_layer(layer, prompt, q, k, v)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,15 +12,24 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from shadowkv_cli.bench.memory import PeakMemory, free_device_bytes, free_host_bytes
+from shadowkv_cli.bench import timeline
+from shadowkv_cli.bench.driven_hits import drive
+from shadowkv_cli.bench.memory import (
+    DECODE_RESERVE,
+    RESERVE,
+    PeakMemory,
+    free_device_bytes,
+    free_host_bytes,
+)
 from shadowkv_cli.bench.probes import device_name
 from shadowkv_cli.bench.state import fill_prompts, fill_synthetic, random_prompts
-from shadowkv_cli.config import FullSpec, MethodSpec, SparseSpec
+from shadowkv_cli.config import CacheBytes, FullSpec, MethodSpec, ShadowKVSpec, SparseSpec
 from shadowkv_cli.console import format_bytes
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.model.loading import LoadedModel
 from shadowkv_cli.model.session import MethodFailure, Session
 from shadowkv_cli.run_config import BenchSettings
+from shadowkv_cli.shared_bytes import shared_cache_bytes
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -29,22 +39,49 @@ MOST_ON_CPU = 64
 
 @dataclass(frozen=True)
 class Case:
-    """One cell at one length and batch."""
+    """One cell at one length and batch, driven to a hit rate or not."""
 
     spec: MethodSpec
     context_length: int
     prompt_tokens: int
     batch_size: int
     batch_rule: str
+    hit_rate: float | None = None
+
+    @property
+    def cell(self) -> str:
+        """The cell's label; that it was driven is part of it, so that nobody mixes the two up."""
+        driven = "" if self.hit_rate is None else f" (hits driven to {self.hit_rate:.0%})"
+        return self.spec.cell + driven
 
 
-def largest_batch(spec: MethodSpec, loaded: LoadedModel, tokens: int, new_tokens: int) -> int:
+LANES_FROM = 4
+"""Rows from which a batch is worked on in two lanes, if the method fetches from the host."""
+
+
+def _lanes(case: Case, settings: BenchSettings) -> int:
+    if not (isinstance(case.spec, ShadowKVSpec) and case.spec.value_placement == "host"):
+        return 1
+    if settings.lanes is not None:
+        return min(settings.lanes, case.batch_size)
+    return 2 if case.batch_size >= LANES_FROM else 1
+
+
+def _free_bytes(loaded: LoadedModel, settings: BenchSettings) -> int:
+    """Memory for caches; a prefill needs more beside them than decoding."""
+    synthetic = settings.state == "synthetic"
+    return free_device_bytes(loaded.device, DECODE_RESERVE if synthetic else RESERVE)
+
+
+def largest_batch(
+    spec: MethodSpec, loaded: LoadedModel, tokens: int, settings: BenchSettings
+) -> int:
     """Sequences whose cache fits beside the model, and on the host, by the method's bytes.
 
     On a CPU at most `MOST_ON_CPU`: a small model would fill the whole memory for no gain in speed.
     """
-    held = spec.cache_bytes(loaded.shape, tokens, new_tokens)
-    fits = free_device_bytes(loaded.device) // held.device
+    held = spec.cache_bytes(loaded.shape, tokens, settings.new_tokens)
+    fits = _free_bytes(loaded, settings) // held.device
     if held.host:
         fits = min(fits, free_host_bytes() // held.host)
     return int(min(fits, MOST_ON_CPU) if loaded.device.type == "cpu" else fits)
@@ -62,7 +99,10 @@ def make_cases(
         measured: rows of the run that is continued; their batches stay, although the memory that is
             free may have changed.
     """
-    sizes = {(r["cell"], r["context_length"], r["batch_rule"]): r["batch_size"] for r in measured}
+    sizes = {
+        (r.get("spec", r["cell"]), r["context_length"], r["batch_rule"]): r["batch_size"]
+        for r in measured
+    }
     cases = []
     for length in settings.context_lengths:
         tokens = settings.prompt_tokens(length)
@@ -71,9 +111,9 @@ def make_cases(
                 size = int(rule) if rule.isdigit() else sizes.get((spec.cell, length, rule), 0)
                 if not size:
                     by = FullSpec() if rule == "equal" else spec
-                    size = largest_batch(by, loaded, tokens, settings.new_tokens)
+                    size = largest_batch(by, loaded, tokens, settings)
                 needed = spec.cache_bytes(loaded.shape, tokens, settings.new_tokens).device
-                free = free_device_bytes(loaded.device)
+                free = _free_bytes(loaded, settings)
                 if size < 1 or needed * size > free:
                     batch = max(size, 1)
                     raise UsageError(
@@ -81,14 +121,31 @@ def make_cases(
                         f"batch {batch}, {format_bytes(free)} are free: use a smaller --batch-size "
                         "or --context-length."
                     )
-                cases.append(Case(spec, length, tokens, size, rule))
+                rates = settings.hit_rates if isinstance(spec, ShadowKVSpec) else (None,)
+                cases += [Case(spec, length, tokens, size, rule, rate) for rate in rates]
     return cases
 
 
-def _needed_bytes(specs: Sequence[MethodSpec], case: Case, loaded: LoadedModel, new: int) -> int:
-    return sum(
-        s.cache_bytes(loaded.shape, case.prompt_tokens, new).device * case.batch_size for s in specs
-    )
+def _needed_bytes(
+    specs: Sequence[MethodSpec], case: Case, loaded: LoadedModel, settings: BenchSettings
+) -> CacheBytes:
+    """What the sessions of all cells hold at once."""
+    shape, tokens, new = loaded.shape, case.prompt_tokens, settings.new_tokens
+    if settings.share:
+        held = [shared_cache_bytes(specs, shape, tokens, new)]
+    else:
+        held = [spec.cache_bytes(shape, tokens, new) for spec in specs]
+    device, host = (sum(getattr(h, name) for h in held) for name in ("device", "host"))
+    return CacheBytes(device * case.batch_size, host * case.batch_size)
+
+
+def _all_fit(
+    specs: Sequence[MethodSpec], case: Case, loaded: LoadedModel, settings: BenchSettings
+) -> bool:
+    needed = _needed_bytes(specs, case, loaded, settings)
+    if loaded.device.type == "cpu":
+        return needed.device + needed.host <= free_host_bytes()
+    return needed.device <= _free_bytes(loaded, settings) and needed.host <= free_host_bytes()
 
 
 class _Bench:
@@ -105,8 +162,7 @@ class _Bench:
         self.prompts = prompts
         specs = list(dict.fromkeys(case.spec for case in cases))
         self.sets = [specs] if settings.share else [[spec] for spec in specs]
-        needed = _needed_bytes(specs, cases[0], loaded, settings.new_tokens)
-        self.all_fit = needed <= free_device_bytes(loaded.device)
+        self.all_fit = _all_fit(specs, cases[0], loaded, settings)
         if settings.share and not self.all_fit:
             self.sets = [[spec] for spec in specs]
         self._kept: dict[int, tuple[Session, torch.Tensor, float | None]] = {}
@@ -131,14 +187,9 @@ class _Bench:
         if len(self.sets[place]) > 1 or not peak_bytes:
             return None
         others = [spec for i in self._kept if i != place for spec in self.sets[i]]
-        case, new = self.cases[0], self.settings.new_tokens
-        held = _needed_bytes(others, case, self.loaded, new)
-        if self.loaded.device.type == "cpu":
-            held += sum(
-                s.cache_bytes(self.loaded.shape, case.prompt_tokens, new).host * case.batch_size
-                for s in others
-            )
-        return max(peak_bytes - held, 0)
+        held = _needed_bytes(others, self.cases[0], self.loaded, self.settings)
+        on_cpu = self.loaded.device.type == "cpu"
+        return max(peak_bytes - held.device - (held.host if on_cpu else 0), 0)
 
     def _build(self, specs: list[MethodSpec]) -> tuple[Session, torch.Tensor, float | None]:
         case, settings = self.cases[0], self.settings
@@ -158,41 +209,82 @@ class _Bench:
             num_prompts=batch,
             backend=settings.backend,
             merge_cells=False,
+            captures=settings.graph,
         )
         if settings.state == "synthetic":
             return session, fill_synthetic(session, tokens), None
         return session, *fill_prompts(session, prompts)
 
 
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+class _StepClock:
+    """Times between marks: on a GPU by its own events, so that no step waits for the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self.device))
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def step_ms(self) -> list[float]:
+        pairs = itertools.pairwise(self._marks)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return [before.elapsed_time(after) for before, after in pairs]
+        return [(after - before) * 1e3 for before, after in pairs]
 
 
-def measure(session: Session, first: torch.Tensor, case: Case, settings: BenchSettings) -> Row:
-    """Decode one cell alone, greedily, and time each step."""
-    device = session.loaded.device
-    session.focus(case.spec)
-    tokens, step_ms = first, []
+def measure(
+    session: Session, first: torch.Tensor, case: Case, settings: BenchSettings, number: int = 0
+) -> Row:
+    """Decode one cell alone, greedily, and time each step; the first round looks at phases too."""
+    session.focus(case.spec, lanes=_lanes(case, settings))
+    if case.hit_rate is not None:
+        drive(session, first, case.hit_rate, settings.warmup_steps, settings.decode_steps)
+        session.reset()
+    tokens, clock = first, _StepClock(session.loaded.device)
+    finite = torch.ones(case.batch_size, dtype=torch.bool, device=first.device)
     with session.attached():
         for step in range(settings.new_tokens):
-            _synchronise(device)
-            started = time.perf_counter()
-            tokens = session.decode_step(tokens).argmax(-1)
-            _synchronise(device)
+            if step == settings.warmup_steps:
+                clock.mark()
+            stepped = session.next_tokens(tokens)
+            tokens = stepped.tokens
+            finite &= stepped.finite
             if step >= settings.warmup_steps:
-                step_ms.append((time.perf_counter() - started) * 1e3)
+                clock.mark()
+    step_ms = clock.step_ms()
+    session.check_finite(finite)
     audits = [session.audit(row, settings.new_tokens) for row in range(case.batch_size)]
-    hits = [a["hit_rate"] for a in audits if a["hit_rate"] is not None]
+    (_, group), *_ = session.batch.parts
+    hits = group.hit_rate(max(settings.warmup_steps, 1) + 1, settings.new_tokens)
     return {
         "tokens_per_s": case.batch_size * len(step_ms) / sum(step_ms) * 1e3,
         "step_ms_p50": float(np.percentile(step_ms, 50)),
         "step_ms_p99": float(np.percentile(step_ms, 99)),
         "step_ms": [round(ms, 4) for ms in step_ms],
-        "hit_rate": sum(hits) / len(hits) if hits else None,
+        "captured": session.is_captured,
+        "lanes": _lanes(case, settings),
+        "hit_rate": hits,
         "attended_tokens": sum(a["attended_tokens"] for a in audits) / len(audits),
         "error": None,
+        "phase_ms": _phases(session, first, settings) if number == 0 else None,
     }
+
+
+def _phases(
+    session: Session, first: torch.Tensor, settings: BenchSettings
+) -> dict[str, float] | None:
+    """A captured step by phase, where the steps leave room to look at some."""
+    warmup = settings.new_tokens - timeline.STEPS
+    if not session.is_captured or warmup < 0:
+        return None
+    return timeline.phase_ms(session, first, warmup)
 
 
 def describe_case(case: Case, settings: BenchSettings, loaded: LoadedModel) -> Row:
@@ -201,7 +293,9 @@ def describe_case(case: Case, settings: BenchSettings, loaded: LoadedModel) -> R
     held = spec.cache_bytes(loaded.shape, case.prompt_tokens, settings.new_tokens)
     wanted = spec.wanted(case.prompt_tokens) if isinstance(spec, SparseSpec) else None
     return {
-        "cell": spec.cell,
+        "cell": case.cell,
+        "spec": spec.cell,
+        "driven_hit_rate": case.hit_rate,
         "method": spec.name,
         "settings": spec.settings(),
         "sparse_budget_tokens": wanted.selected_tokens if wanted else None,
@@ -267,7 +361,7 @@ def _measure_set(
             for case, row in zip(cases, known, strict=True):
                 peak.restart()
                 try:
-                    row |= measure(session, first, case, bench.settings)
+                    row |= measure(session, first, case, bench.settings, number)
                 except MethodFailure as failure:
                     row |= _failure(failure)
                 # A shared prefill does the work of every cell.
@@ -316,7 +410,7 @@ def check_done(rows: Sequence[Row]) -> Callable[[Case, int], bool]:
     }
     return lambda case, number: (
         (
-            case.spec.cell,
+            case.cell,
             case.context_length,
             case.batch_size,
             case.batch_rule,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,7 +19,7 @@ from shadowkv_cli.option_groups import (
     given_lengths,
     spread,
 )
-from shadowkv_cli.run_config import BenchConfig, default_output
+from shadowkv_cli.run_config import BenchConfig, default_output, parse_hit_rates
 
 DEFAULT_CONTEXT = 16 * 1024
 
@@ -47,6 +48,32 @@ def bench(
     data: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A folder that `build-data` wrote.")
     ] = None,
+    share: Annotated[
+        bool,
+        typer.Option(
+            "--share",
+            help="Cells of one length and batch read one copy of the prompts' data.",
+        ),
+    ] = False,
+    hit_rate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="measured|SHARE[,…]",
+            help="Let the queries that select drift so slowly that this share of the chunks is at "
+            "hand, like 0.88; its rows say that they were driven. [default: measured]",
+        ),
+    ] = None,
+    lanes: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Parts of a batch whose fetches from the host overlap with each other's work. "
+            "[default: 2 from 4 sequences on]",
+        ),
+    ] = None,
+    graph: Annotated[
+        bool, typer.Option("--graph/--no-graph", help="On a GPU, a step is one CUDA graph.")
+    ] = True,
     run: RunOptions,
 ) -> None:
     """Time the decoding of each method alone, in rounds that take turns over the methods.
@@ -66,7 +93,12 @@ def bench(
     if state == "synthetic" and model.attention_backend != "auto":
         raise UsageError("--attention-backend has no effect with --state synthetic: no prefill.")
     lengths = given_lengths(context_length, "--context-length") or (DEFAULT_CONTEXT,)
-    settings = timing.settings(lengths, batch_size, state, model.attention_backend, share=False)
+    settings = replace(
+        timing.settings(lengths, batch_size, state, model.attention_backend, share=share),
+        hit_rates=parse_hit_rates(hit_rate),
+        lanes=lanes,
+        graph=graph,
+    )
     choice = model.choice()
     identity = {"model": choice, "cells": [s.cell for s in specs], "how": settings, "data": data}
     config = BenchConfig(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shadowkv_cli.config import MethodSpec, ModelShape
 from shadowkv_cli.methods.store import Prompt, PromptStore
+from shadowkv_cli.ops import compiled
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,10 @@ class Group(ABC):
     """The rows of one method and layout; its state is tensors, sized when it is built.
 
     The order of calls: per prompt `begin` and, for each layer, `prefill_layer`; then per decoded
-    token, or per turn of several tokens, `step`, and for each layer `append` and `attend`. `reset`
-    goes back to the end of the prefill.
+    token, or per turn of several tokens, `make_room`, `advance`, for each layer `append` and
+    `attend`, and `finish`. `reset` goes back to the end of the prefill. From `advance` to `finish`
+    a step of one token never waits for the device where `is_capturable`, so that a CUDA graph can
+    hold it; `make_room` is then called by itself before each replay.
 
     Attributes:
         generated: int32 [R], tokens behind the prompt, those of the running step included.
@@ -100,14 +103,31 @@ class Group(ABC):
         The store has taken in k and v already.
         """
 
-    def step(self, counts: Tensor | None = None) -> None:
-        """Make room for one more token in every row, or for `counts` of them: int32 [R]."""
-        self.used += 1 if counts is None else int(counts.max())
+    @property
+    def is_capturable(self) -> bool:
+        """Whether the compiled ops make a step of one token free of waiting for the device."""
+        shape = self.shape
+        group = shape.num_q_heads // shape.num_kv_heads
+        return self.store.device.type == "cuda" and compiled.ready(
+            self.store.dtype, shape.head_dim, group
+        )
+
+    def make_room(self, tokens: int) -> None:
+        """Take note that every row gets at most so many more tokens."""
+        self.used += tokens
         assert self.used <= self.new_tokens, f"room for {self.new_tokens} generated tokens is used"
+
+    def advance(self, counts: Tensor | None = None) -> None:
+        """Begin a step of one more token in every row, or of `counts` of them: int32 [R]."""
         self.counts = torch.ones_like(self.generated) if counts is None else counts
         self.generated += self.counts
         self._places: dict[int, Places] = {}
+        self._next_place: Tensor | None = None
         self.see(self.generated)
+
+    def finish(self) -> None:
+        """End a step, when all layers have attended."""
+        self._places, self._next_place = {}, None
 
     def see(self, seen: Tensor) -> None:
         """Set how many generated tokens the attending token of each row sees: int32 [R]."""
@@ -125,6 +145,16 @@ class Group(ABC):
         token = torch.arange(tokens, device=self.counts.device)
         row, token = (token < self.counts[:, None]).nonzero(as_tuple=True)
         return row, token, (self.generated - self.counts).long()[row] + token
+
+    @abstractmethod
+    def first_place(self) -> Tensor | int:
+        """Where in the space of a row its first generated token lies: int32 [R], or one for all."""
+
+    def next_place(self) -> Tensor:
+        """Where the one token of the running step goes: int32 [R], the same in every layer."""
+        if self._next_place is None:
+            self._next_place = self.first_place() + (self.generated - 1)
+        return self._next_place
 
     @abstractmethod
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -150,6 +180,17 @@ class Group(ABC):
     @abstractmethod
     def attend_token(self, layer: int, q: Tensor, scale: float) -> Tensor:
         """Attend from one token of each row, which sees `seen` generated ones: q [R, Hq, D]."""
+
+    def split_lanes(self, count: int) -> None:
+        """Work on the rows in so many parts, whose fetches overlap with each other's work."""
+        assert count == 1, "nothing that this method does overlaps"
+
+    def hit_rate(self, first_step: int, last_step: int) -> float | None:
+        """Share of the selected chunks that were at hand, over all rows and layers.
+
+        Steps are counted from 1; the first finds nothing. None where nothing is fetched.
+        """
+        return None
 
     def reset(self) -> None:
         """Forget what was decoded."""

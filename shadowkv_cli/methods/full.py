@@ -33,11 +33,23 @@ class FullGroup(Group):
     def prefill_layer(self, layer: int, prompt: Prompt, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Nothing to add: the store holds what full attention reads."""
 
+    def first_place(self) -> Tensor:
+        return self.prompt_lengths
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        keys, values = self.store.keys[layer], self.store.values[layer]
+        if k.shape[2] == 1:
+            place = self.next_place()
+            ops.append_tokens(k[:, :, 0], v[:, :, 0], self.prompt_index, place, keys, values)
+            return
         row, token, place = self.places(k.shape[2])
         where = (self.prompt_index.long()[row], slice(None), self.prompt_lengths[row] + place)
-        self.store.keys[layer][where] = k[row, :, token]
-        self.store.values[layer][where] = v[row, :, token]
+        keys[where] = k[row, :, token]
+        values[where] = v[row, :, token]
+
+    def see(self, seen: Tensor) -> None:
+        super().see(seen)
+        self.attended = self.prompt_lengths + seen
 
     def attend_token(self, layer: int, q: Tensor, scale: float) -> Tensor:
         return ops.full_attention(
@@ -45,7 +57,7 @@ class FullGroup(Group):
             self.store.keys[layer],
             self.store.values[layer],
             self.prompt_index,
-            self.prompt_lengths + self.seen,
+            self.attended,
             scale,
         )
 

@@ -13,6 +13,11 @@ from shadowkv_cli.ops.sparse_attention import fixed_scores
 class OracleGroup(ExactGroup):
     """Rows of a perfect selector: chunks by their true share of the attention."""
 
+    @property
+    def is_capturable(self) -> bool:
+        # Rows of several prompts are sorted by prompt on the host.
+        return self.store.num_prompts == 1 and super().is_capturable
+
     def select(self, layer: int, q: Tensor, scale: float) -> Tensor:
         """Take each chunk's mass from full attention, the largest of the group of query heads."""
         keys = self.store.chunked(self.store.keys[layer], self.chunk_size)

@@ -10,6 +10,7 @@ from torch import Tensor
 from shadowkv_cli import ops
 from shadowkv_cli.config import Kept, ShadowKVSpec, SparseSpec, buffer_slots
 from shadowkv_cli.methods.base import Row
+from shadowkv_cli.methods.side_stream import SideStream
 from shadowkv_cli.methods.sparse import SparseGroup
 from shadowkv_cli.methods.store import Prompt, PromptStore
 
@@ -23,6 +24,8 @@ class ShadowKVGroup(SparseGroup):
         assert isinstance(first, ShadowKVSpec)
         self.layout = (self.chunk_size, first.landmarks_per_chunk)
         self.placement = first.value_placement
+        if self.placement == "host" and store.device.type == "cuda":
+            self.side = SideStream(store.device)
         ranks = [spec.rank for spec in self.specs if isinstance(spec, ShadowKVSpec)]
         self.max_rank = max(ranks)
         self.rank = torch.tensor(ranks, dtype=torch.int32, device=store.device)

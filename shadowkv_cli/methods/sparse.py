@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from torch import Tensor
 from shadowkv_cli import ops
 from shadowkv_cli.config import Kept, SparseSpec, buffer_slots
 from shadowkv_cli.methods.base import Group, Row
+from shadowkv_cli.methods.drift import Drift
+from shadowkv_cli.methods.side_stream import SideStream
 from shadowkv_cli.methods.store import Prompt, PromptStore
 
 NEVER_FREE = torch.iinfo(torch.int32).max
@@ -46,6 +49,17 @@ class Residency:
             table.fill_(-1)
         beyond = torch.arange(self.last_used.shape[-1], device=slots.device) >= slots[:, None]
         self.last_used.masked_fill_(beyond[:, None], NEVER_FREE)
+
+
+@dataclass(frozen=True)
+class _AtHand:
+    """A layer's selected chunks and where they are; `fetched` tells when the values are there."""
+
+    ids: Tensor
+    misses: Tensor  # of values
+    key_slots: Tensor
+    value_slots: Tensor
+    fetched: torch.cuda.Event | None
 
 
 class SparseGroup(Group):
@@ -93,6 +107,7 @@ class SparseGroup(Group):
         def per_row() -> Tensor:
             return torch.zeros(count, dtype=torch.int32, device=device)
 
+        self.plane = self.row_index.to(torch.int32)  # a row's place in `keys` and `values`
         self.budget_chunks, self.num_chunks = per_row(), per_row()
         self.section_lengths = torch.zeros(count, 3, dtype=torch.int32, device=device)
         """Tokens in use of each fixed section: outliers, local, generated."""
@@ -100,6 +115,11 @@ class SparseGroup(Group):
         self.row_kept: list[Kept] = kept
         self.fetched = torch.zeros(new_tokens + 1, count, dtype=torch.int64, device=device)
         self.selected = torch.zeros_like(self.fetched)  # by step and row
+        self._to_count: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.side: SideStream | None = None
+        """Where values are fetched beside the rest; None where that brings nothing."""
+        self._parts: list[SparseGroup] = []
+        self.drift: Drift | None = None
 
     def take_rows(self, rows: Sequence[int], index: slice | Tensor) -> None:
         self.specs = [self.specs[row] for row in rows]
@@ -113,13 +133,16 @@ class SparseGroup(Group):
             if self.one_table
             else [table.of_rows(index) for table in self.value_tables]
         )
+        self.plane = self.plane[: len(rows)]
         self.budget_chunks = self.budget_chunks[index]
         self.num_chunks = self.num_chunks[index]
-        self.section_lengths = self.section_lengths[index].clone()
+        self.section_lengths = self.section_lengths[index]
         self.key_slot_counts = self.key_slot_counts[index]
         self.value_slot_counts = self.value_slot_counts[index]
         self.fetched = self.fetched[:, index].contiguous()
         self.selected = self.selected[:, index].contiguous()
+        self._to_count = []
+        self._parts = []
 
     def kept(self, spec: SparseSpec, prompt_tokens: int) -> Kept:
         """What the method attends of a prompt; selected, outlier and local tokens."""
@@ -170,9 +193,16 @@ class SparseGroup(Group):
                 local = source[:, prompt.tokens - kept.local_tokens :]
                 space[row, :, start : start + kept.local_tokens] = local
 
+    def first_place(self) -> int:
+        return self.capacities[0] + self.capacities[1]
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        if k.shape[2] == 1:
+            place, space = self.next_place(), (self.keys[layer], self.values[layer])
+            ops.append_tokens(k[:, :, 0], v[:, :, 0], self.plane, place, *space)
+            return
         row, token, place = self.places(k.shape[2])
-        where = (row, slice(None), self.capacities[0] + self.capacities[1] + place)
+        where = (row, slice(None), self.first_place() + place)
         self.keys[layer][where] = k[row, :, token]
         self.values[layer][where] = v[row, :, token]
 
@@ -181,18 +211,47 @@ class SparseGroup(Group):
         return space[:, :, self.fixed :].unflatten(2, (-1, self.chunk_size))
 
     def attend_token(self, layer: int, q: Tensor, scale: float) -> Tensor:
-        if self.max_chunks:
-            ids = self.select(layer, q, scale)
-            value_slots, misses = self._place(self.value_tables[layer], ids)
-            self._count(ids, misses)
+        """Attend lane by lane: while one lane's values are fetched, the next one selects."""
+        if not self.max_chunks:
+            none = self.seen.new_empty(len(self.rows), self.shape.num_kv_heads, 0)
+            return self._attend_slots(layer, q, none, none, scale)
+        sizes = [len(lane.rows) for lane in self.lanes]
+        work = list(zip(self.lanes, q.split(sizes), self._counter.split(sizes), strict=True))
+        selecting = q if self.drift is None else self.drift.queries[layer]
+        loaded = [
+            lane._select_and_load(layer, part, scale)
+            for lane, part in zip(self.lanes, selecting.split(sizes), strict=True)
+        ]
+        outputs = []
+        for (lane, part, counter), at_hand in zip(work, loaded, strict=True):
+            if at_hand.fetched is not None:
+                at_hand.fetched.wait()
+            self._to_count.append((counter, at_hand.ids, at_hand.misses))
+            outputs.append(
+                lane._attend_slots(layer, part, at_hand.key_slots, at_hand.value_slots, scale)
+            )
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _select_and_load(self, layer: int, q: Tensor, scale: float) -> _AtHand:
+        """Select chunks and bring them to the buffers, values beside everything else."""
+        ids = self.select(layer, q, scale)
+        value_slots, misses = self._place(self.value_tables[layer], ids)
+        fetched = None
+        if self.side is None:
             self.load_values(layer, ids, value_slots, misses)
-            key_slots = value_slots
-            if not self.one_table:
-                key_slots, misses = self._place(self.key_tables[layer], ids)
-            self.load_keys(layer, ids, key_slots, misses)
         else:
-            none = (len(self.rows), self.shape.num_kv_heads, 0)
-            key_slots = value_slots = self.seen.new_empty(none)
+            with self.side.forked():
+                self.load_values(layer, ids, value_slots, misses)
+                fetched = self.side.mark()
+        key_slots, key_misses = value_slots, misses
+        if not self.one_table:
+            key_slots, key_misses = self._place(self.key_tables[layer], ids)
+        self.load_keys(layer, ids, key_slots, key_misses)
+        return _AtHand(ids, misses, key_slots, value_slots, fetched)
+
+    def _attend_slots(
+        self, layer: int, q: Tensor, key_slots: Tensor, value_slots: Tensor, scale: float
+    ) -> Tensor:
         out, _ = ops.sparse_attention(
             q,
             self.keys[layer],
@@ -211,17 +270,44 @@ class SparseGroup(Group):
             ids, self.seen, table.chunk_of_slot, table.last_used, table.slot_of_chunk
         )
 
+    def split_lanes(self, count: int) -> None:
+        size = math.ceil(len(self.rows) / count)
+        rows = range(len(self.rows))
+        self._parts = []
+        if count > 1:
+            self._parts = [self.subset(rows[first : first + size]) for first in rows[::size]]
+
+    @property
+    def lanes(self) -> Sequence[SparseGroup]:
+        return self._parts or [self]
+
+    def advance(self, counts: Tensor | None = None) -> None:
+        super().advance(counts)
+        if self.drift is not None:
+            self.drift.advance()
+
     def see(self, seen: Tensor) -> None:
         super().see(seen)
         self.section_lengths[:, 2] = seen
-        self._counter = seen.long() * len(self.rows) + self.row_index
+        self._counter = seen.long() * self.fetched.shape[1] + self.row_index
+        if self._parts:
+            own = seen.split([len(lane.rows) for lane in self._parts])
+            for lane, part in zip(self._parts, own, strict=True):
+                lane.seen = part
 
-    def _count(self, ids: Tensor, misses: Tensor) -> None:
-        for counts, true in ((self.fetched, misses), (self.selected, ids >= 0)):
-            counts.view(-1).index_add_(0, self._counter, true.sum((1, 2)))
+    def finish(self) -> None:
+        """Count what the step selected and fetched; one sum over all layers."""
+        super().finish()
+        if not self._to_count:
+            return
+        counters, ids, misses = (torch.cat(parts) for parts in zip(*self._to_count, strict=True))
+        for counts, true in ((self.selected, ids >= 0), (self.fetched, misses)):
+            counts.view(-1).index_add_(0, counters, true.sum((1, 2)))
+        self._to_count = []
 
     def reset(self) -> None:
         super().reset()
+        self._to_count = []
         self.fetched.zero_()
         self.selected.zero_()
         for table in self.key_tables:
@@ -229,6 +315,11 @@ class SparseGroup(Group):
         if not self.one_table:
             for table in self.value_tables:
                 table.clear(self.value_slot_counts)
+
+    def hit_rate(self, first_step: int, last_step: int) -> float | None:
+        steps = slice(first_step, last_step + 1)
+        selected = int(self.selected[steps].sum())
+        return 1 - int(self.fetched[steps].sum()) / selected if selected else None
 
     def audit(self, row: int, generated_tokens: int) -> dict[str, Any]:
         kept, own = self.row_kept[row], (slice(2, generated_tokens + 1), row)

@@ -12,6 +12,7 @@ from torch import Tensor
 from shadowkv_cli import ops
 from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec
 from shadowkv_cli.methods.low_rank import factorise
+from shadowkv_cli.methods.pinned import pin
 from shadowkv_cli.ops.rotary import unrotate
 
 
@@ -95,17 +96,17 @@ class PromptStore:
         layers, heads, dim = range(shape.num_layers), shape.num_kv_heads, shape.head_dim
         prompts, tokens = num_prompts, self.prompt_tokens
 
-        def empty(*size: int, pinned: bool = False) -> list[Tensor]:
-            where = {"pin_memory": True} if pinned else {"device": device}
-            return [torch.empty(*size, dtype=dtype, **where) for _ in layers]
+        def empty(*size: int, on: torch.device = device) -> list[Tensor]:
+            return [torch.empty(*size, dtype=dtype, device=on) for _ in layers]
 
         # The tokens that full attention generates follow the prompt.
         held = tokens + (new_tokens if any(spec.name == "full" for spec in specs) else 0)
         self.keys = empty(prompts, heads, held, dim) if needs.keys else []
         self.values = empty(prompts, heads, held, dim) if needs.values else []
-        self.host_values = (
-            empty(prompts, heads, tokens, dim, pinned=True) if needs.host_values else []
-        )
+        self.host_values: list[Tensor] = []
+        if needs.host_values:
+            self.host_values = empty(prompts, heads, tokens, dim, on=torch.device("cpu"))
+            pin(self.host_values, self)
         rank = needs.rank
         self.coefficients = empty(prompts, tokens, rank) if rank else []
         self.basis = empty(prompts, heads, rank, dim) if rank else []
@@ -121,6 +122,7 @@ class PromptStore:
             for size in {size for size, _ in needs.landmarks}
         }
         self.tables: RotaryTables | None = None
+        """Set before the first prompt; a captured graph reads them where they are."""
 
     def chunked(self, tensor: Tensor, chunk_size: int) -> Tensor:
         """View the prompt part of keys or values as chunks: [P, Hk, C, c, D]."""

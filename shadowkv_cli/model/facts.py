@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from shadowkv_cli.catalogue.places import config_folder
+from shadowkv_cli.catalogue.shapes import shape_named
 from shadowkv_cli.config import ModelShape
 from shadowkv_cli.model.loading_errors import explained
 from shadowkv_cli.model.rotary import attention_modules, head_dim, rotary_module
@@ -52,12 +53,17 @@ def model_facts(choice: ModelChoice, dtype: torch.dtype) -> ModelFacts:
     name, trust = choice.name, choice.trust_remote_code
     if (ours := config_folder(name)) is not None:
         choice = dataclasses.replace(choice, name=str(ours), revision=None)
+    shape = shape_named(name)
     with explained(choice) as local:
-        config = AutoConfig.from_pretrained(
-            choice.name,
-            revision=choice.revision or "main",
-            trust_remote_code=trust,
-            local_files_only=local,
+        config = (
+            AutoConfig.for_model(**shape)
+            if shape is not None
+            else AutoConfig.from_pretrained(
+                choice.name,
+                revision=choice.revision or "main",
+                trust_remote_code=trust,
+                local_files_only=local,
+            )
         )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)

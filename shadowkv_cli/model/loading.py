@@ -10,18 +10,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from shadowkv_cli.catalogue.places import model_folder
+from shadowkv_cli.catalogue.shapes import shape_named
 from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec
 from shadowkv_cli.errors import ShadowKVError, UsageError
 from shadowkv_cli.model.exact_attention import check_installed
+from shadowkv_cli.model.fused import Fused, join_projections
 from shadowkv_cli.model.loading_errors import explained
 from shadowkv_cli.model.rotary import attention_modules, head_dim, is_interleaved
 from shadowkv_cli.model.suitability import probe_keys
+from shadowkv_cli.ops import compiled
 from shadowkv_cli.run_config import ModelChoice
 
+SHAPE_SEED = 42
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -31,6 +35,7 @@ class LoadedModel:
 
     Attributes:
         odd_layers: whose keys are not plainly rotated, see `suitability.probe_keys`.
+        fused: ops in place of its small kernels, where the compiled ones serve its device.
     """
 
     model: PreTrainedModel
@@ -45,6 +50,7 @@ class LoadedModel:
     odd_layers: tuple[int, ...]
     fingerprint: str
     random_weights: bool
+    fused: Fused | None = None
 
     def check(self, specs: list[MethodSpec], total_tokens: int) -> None:
         """Raise UsageError where a method or a length is impossible for the model."""
@@ -174,6 +180,7 @@ def describe(model: PreTrainedModel, name: str, *, random_weights: bool = False)
         odd_layers=probe_keys(model, interleaved),
         fingerprint=_fingerprint(model),
         random_weights=random_weights,
+        fused=Fused(model, interleaved) if has_kernels(model.device) else None,
     )
 
 
@@ -190,5 +197,29 @@ def load_model(choice: ModelChoice) -> LoadedModel:
     check_installed(choice.backend, where)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    model: Any = _from_pretrained(choice, precision)
-    return describe(model.to(where), name)
+    model: Any
+    shape = shape_named(name)
+    if shape is not None:
+        model = _with_random_weights(shape, precision, where)
+    else:
+        model = _from_pretrained(choice, precision)
+        model.to(where)
+    if has_kernels(where):
+        join_projections(model)
+    return describe(model, name, random_weights=shape is not None)
+
+
+def _with_random_weights(
+    shape: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """A model of that configuration, its weights drawn on the device with a fixed seed."""
+    config = AutoConfig.for_model(**shape)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
+        torch.manual_seed(SHAPE_SEED)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the compiled ops serve a device."""
+    return device.type == "cuda" and not compiled.ABSENT

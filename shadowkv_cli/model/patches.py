@@ -7,10 +7,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from shadowkv_cli.errors import UsageError
+from shadowkv_cli.model.fused import Fused, replaced
 from shadowkv_cli.model.rotary import rotary_module
 
 IMPLEMENTATION = "shadowkv"
@@ -22,9 +23,11 @@ class Attends(Protocol):
 
     Attributes:
         context_tokens: that the token which is being run may attend to, itself included.
+        fused: ops in place of the model's small kernels, or None.
     """
 
     context_tokens: int
+    fused: Fused | None
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
 
@@ -78,15 +81,6 @@ def _tiled(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-
-
-@contextmanager
 def attached(model: PreTrainedModel, session: Attends) -> Iterator[None]:
     """Let a session serve the model's attention and rotary tables; undone on the way out.
 
@@ -103,10 +97,12 @@ def attached(model: PreTrainedModel, session: Attends) -> Iterator[None]:
         return session.rotary(position_ids)
 
     with ExitStack() as stack:
-        stack.enter_context(_forward_replaced(rotary_module(model), rotary))
+        stack.enter_context(replaced(rotary_module(model), rotary))
+        if session.fused is not None:
+            stack.enter_context(session.fused.applied())
         for name, module in model.named_modules():
             if name.split(".")[-1] == "mlp":
-                stack.enter_context(_forward_replaced(module, _tiled(module.forward)))
+                stack.enter_context(replaced(module, _tiled(module.forward)))
         model.set_attn_implementation(IMPLEMENTATION)
         _active = session
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shadowkv_cli.config import MethodSpec, ShadowKVSpec
+from shadowkv_cli.console import notice
 from shadowkv_cli.errors import ShadowKVError
 from shadowkv_cli.methods import (
     Group,
@@ -18,16 +18,16 @@ from shadowkv_cli.methods import (
     PromptStore,
     RotaryTables,
     Row,
-    as_index,
     build_groups,
 )
 from shadowkv_cli.model import exact_attention
+from shadowkv_cli.model.batch import Batch, Parts
 from shadowkv_cli.model.forward import last_logits
 from shadowkv_cli.model.loading import LoadedModel
 from shadowkv_cli.model.patches import attached
 from shadowkv_cli.model.rotary import compute_table, rotary_module
+from shadowkv_cli.model.step_graph import StepGraph, Stepped
 
-ROW_BUCKET = 8
 Phase = Literal["prefill", "append", "decode"]
 
 
@@ -53,11 +53,6 @@ def _specs_of(group: Group, rows: Iterable[int]) -> list[MethodSpec]:
     return [group.rows[row].spec for row in rows]
 
 
-def row_bucket(rows: int) -> int:
-    """Rows that a batch is padded to: 8, 16, 24, …"""
-    return math.ceil(rows / ROW_BUCKET) * ROW_BUCKET
-
-
 class Session:
     """Rows of methods on prompts, with room for prompts of a length and answers of a length.
 
@@ -74,8 +69,20 @@ class Session:
         num_prompts: int = 1,
         backend: str = "auto",
         merge_cells: bool = True,
+        captures: bool = True,
     ) -> None:
-        self.loaded = loaded
+        """Make room.
+
+        Args:
+            loaded: the model.
+            specs: the methods.
+            prompt_tokens, new_tokens: the longest prompt and answer.
+            num_prompts: P.
+            backend: exact attention of the prefill.
+            merge_cells: cells of one layout work as one group.
+            captures: on a GPU, a step whose rows allow it is one CUDA graph.
+        """
+        self.loaded, self.fused = loaded, loaded.fused
         self.specs = list(specs)
         self.num_prompts = num_prompts
         self.new_tokens = new_tokens
@@ -91,7 +98,8 @@ class Session:
         )
         rows = [Row(spec, p) for p in range(num_prompts) for spec in specs]
         self.groups = build_groups(rows, self.store, new_tokens, merge_cells=merge_cells)
-        self._holders: dict[int, tuple[Group, int]] = {}
+        self._captures = captures
+        self._graphs: dict[Batch, StepGraph | None] = {}  # None: this batch can't be captured
         self._decode_all(self.groups)
         self.lengths = torch.zeros(num_prompts, dtype=torch.long, device=loaded.device)
         self.backend_asked, self.backend = backend, ""
@@ -102,53 +110,44 @@ class Session:
         self._prompt: Prompt | None = None  # the one that is being prefilled
         self._tables: dict[tuple[float, ...], int] = {}
 
-    def focus(self, spec: MethodSpec) -> None:
-        """Decode one cell alone from now on, unpadded; needs a session that merges no cells."""
+    def focus(self, spec: MethodSpec, lanes: int = 1) -> None:
+        """Decode one cell alone from now on, unpadded; needs a session that merges no cells.
+
+        Args:
+            spec: the cell.
+            lanes: parts of its rows whose fetches overlap; 1 where nothing is fetched.
+        """
         group = next(group for _, group in self.groups if group.rows[0].spec == spec)
         assert len(group.rows) == self.num_prompts, "the cells of this session are merged"
+        group.split_lanes(lanes)
+        self._graphs.clear()
         self._decode_all([(list(range(self.num_prompts)), group)], padded=False)
         self.reset()
 
-    def _decode_all(self, parts: Sequence[tuple[list[int], Group]], *, padded: bool = True) -> None:
+    def _decode_all(self, parts: Parts, *, padded: bool = True) -> None:
         """Decode these groups after every `reset`, each with the rows of the session it holds."""
-        self._all_parts, self._padded = list(parts), padded
-        self._decode(self._all_parts)
+        self._whole = Batch(parts, self.loaded.device, padded=padded)
+        self._holders = self._find_holders(self._whole)
+        self.batch = self._whole
 
-    def _decode(self, parts: Sequence[tuple[list[int], Group]], *, in_order: bool = True) -> None:
-        """Decode these groups from now on; the batch is their rows in order, or group by group."""
-        self._parts = list(parts)
-        prompts: dict[int, int] = {}
-        for rows, group in parts:
-            for index, row in enumerate(rows):
-                self._holders[row] = (group, index)
-                prompts[row] = group.rows[index].prompt_index
-        self.batch = sorted(prompts) if in_order else list(prompts)
-        place = {row: i for i, row in enumerate(self.batch)}
-        device = self.loaded.device
-        self.decoding = [([place[row] for row in rows], group) for rows, group in parts]
-        self._row_places = [as_index(places, device) for places, _ in self.decoding]
-        self.num_rows = len(self.batch)
-        self.bucket = row_bucket(self.num_rows) if self._padded else self.num_rows
-        self.row_prompt = torch.tensor([prompts[row] for row in self.batch], device=device)
+    @staticmethod
+    def _find_holders(batch: Batch) -> dict[int, tuple[Group, int]]:
+        """Group and place there of each row of the session."""
+        return {
+            row: (group, index) for rows, group in batch.parts for index, row in enumerate(rows)
+        }
 
-    def _leave_out(self, open_rows: set[int]) -> None:
-        """Go on without groups whose rows have all ended, and with half of those half ended."""
-        parts: list[tuple[list[int], Group]] = []
-        for rows, group in self._parts:
-            still = [index for index, row in enumerate(rows) if row in open_rows]
-            if len(still) > len(rows) // 2:
-                parts.append((rows, group))
-            elif still:
-                parts.append(([rows[index] for index in still], group.subset(still)))
-        if parts != self._parts:
-            self._decode(parts, in_order=False)
+    def _leave_out(self, ended: set[int]) -> None:
+        """Go on without rows that have ended, where that saves work."""
+        self.batch = self.batch.without(ended)
+        self._holders |= self._find_holders(self.batch)
 
     def set_prompt(self, prompt: Prompt) -> None:
         """Take note of a prompt's length, give it a rotary table, and let the methods get ready."""
         self.lengths[prompt.index] = prompt.tokens
         self.longest = max(self.longest, prompt.tokens) if self.num_prompts > 1 else prompt.tokens
         self.used = 0
-        self._decode(self._all_parts)
+        self.batch = self._whole
         self._ensure_table(prompt)
         for _, group in self.groups:
             group.begin(prompt)
@@ -162,15 +161,19 @@ class Session:
         )
         probe = tuple(torch.cat((cos[min(1, total - 1)], cos[-1], sin[-1])).tolist())
         tables = self.store.tables
-        if tables is None or self.num_prompts == 1:
+        if tables is None:
             index = torch.zeros(self.num_prompts, dtype=torch.int32, device=loaded.device)
             tables = RotaryTables(cos[None], sin[None], index, loaded.interleaved)
             self._tables = {probe: 0}
+        elif self.num_prompts == 1:
+            tables.cos.copy_(cos[None])
+            tables.sin.copy_(sin[None])
         elif probe not in self._tables:
             self._tables[probe] = tables.cos.shape[0]
             tables.cos = torch.cat((tables.cos, cos[None]))
             tables.sin = torch.cat((tables.sin, sin[None]))
-        tables.index[prompt.index] = self._tables[probe]
+            self._graphs.clear()
+        tables.index[prompt.index] = 0 if self.num_prompts == 1 else self._tables[probe]
         self.store.tables = tables
 
     def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,7 +185,7 @@ class Session:
             table = tables.index[self._prompt.index].long().expand(position_ids.shape[0])
         else:
             table = torch.zeros(position_ids.shape[0], dtype=torch.long, device=tables.cos.device)
-            table[: self.num_rows] = tables.index[self.row_prompt].long()
+            table[: len(self.batch)] = tables.index[self.batch.prompts].long()
         return tables.cos[table[:, None], position_ids], tables.sin[table[:, None], position_ids]
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -199,8 +202,14 @@ class Session:
         return out
 
     def _append_layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        decoding = self.batch.decoding
+        if len(decoding) == 1 and len(self.batch) == self.batch.bucket:
+            (_, group), *_ = decoding
+            with _blaming(_specs_of(group, range(len(group.rows)))):
+                group.append(layer, k, v)
+                return group.attend(layer, q, scale)
         out = torch.zeros_like(q)
-        for index, (_, group) in zip(self._row_places, self.decoding, strict=True):
+        for index, (_, group) in zip(self.batch.index, self.batch.decoding, strict=True):
             with _blaming(_specs_of(group, range(len(group.rows)))):
                 group.append(layer, k[index], v[index])
                 out[index] = group.attend(layer, q[index], scale)
@@ -256,33 +265,114 @@ class Session:
         return self._run_rows("append", tokens, counts)
 
     @torch.inference_mode()
+    def next_tokens(self, tokens: Tensor) -> Stepped:
+        """Feed each row its last token, int64 [R], and take the likeliest next one.
+
+        On a GPU as one CUDA graph, if all rows allow it; then nothing waits for the device, and the
+        next call overwrites what this one returned. Whether logits are finite is for the caller to
+        look at: see `check_finite`.
+        """
+        graph = self._find_graph()
+        self._make_room(1, None)
+        if graph is None:
+            return self._greedy(tokens)
+        return graph.replay(tokens)
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether the batch is decoded by replaying a CUDA graph."""
+        return self._graphs.get(self.batch) is not None
+
+    def _greedy(self, tokens: Tensor) -> Stepped:
+        logits = self._logits("decode", tokens[:, None], None)
+        return Stepped(logits.argmax(-1), torch.isfinite(logits).all(-1), logits)
+
+    def _find_graph(self) -> StepGraph | None:
+        """The graph of the batch as it is; captured before the first token of an answer."""
+        if not self._captures or not self.batch.is_capturable:
+            return None
+        if self.batch not in self._graphs and self.used == 0:
+            self._graphs[self.batch] = self._capture()
+        return self._graphs.get(self.batch)
+
+    def _capture(self) -> StepGraph | None:
+        """None, after saying so, for a model that waits for the device in its forward."""
+
+        def step(tokens: Tensor) -> Stepped:
+            self._make_room(1, None)
+            return self._greedy(tokens)
+
+        if not hasattr(self, "_pool"):
+            self._pool = torch.cuda.graph_pool_handle()
+        # The window of a model that has one is checked for the whole answer at once.
+        longest, self.longest = self.longest, self.store.prompt_tokens + self.new_tokens - 1
+        try:
+            with self.attached():
+                return StepGraph(
+                    step,
+                    len(self.batch),
+                    self.loaded.device,
+                    forget=self._forget,
+                    pool=self._pool,
+                )
+        except torch.AcceleratorError as error:
+            reason = " ".join(str(error).split())
+            notice(f"{self.loaded.name} can't be decoded as one CUDA graph ({reason}).")
+            return None
+        finally:
+            self.longest = longest
+            self._forget()
+
+    def _make_room(self, width: int, counts: Tensor | None) -> None:
+        """Count the tokens of a step on the host."""
+        for index, (_, group) in zip(self.batch.index, self.batch.decoding, strict=True):
+            group.make_room(width if counts is None else int(counts[index].max()))
+        self.used += width
+
+    @torch.inference_mode()
     def _run_rows(self, phase: Phase, tokens: Tensor, counts: Tensor | None) -> Tensor:
-        width, rows = tokens.shape[1], self.num_rows
+        self._make_room(tokens.shape[1], counts)
+        last = self._logits(phase, tokens, counts)
+        self.check_finite(torch.isfinite(last).all(-1))
+        return last
+
+    def check_finite(self, finite: Tensor) -> None:
+        """Raise MethodFailure where the logits of a row, bool [R], are not finite."""
+        flags = finite.tolist()
+        for places, group in self.batch.decoding:
+            broken = [i for i, place in enumerate(places) if not flags[place]]
+            if broken:
+                raise MethodFailure(_specs_of(group, broken), "the logits are not finite")
+
+    def _logits(self, phase: Phase, tokens: Tensor, counts: Tensor | None) -> Tensor:
+        """Logits [R, V] of each row's last token; room for the tokens is made."""
+        batch, width = self.batch, tokens.shape[1]
+        rows = len(batch)
         generated = torch.zeros(rows, dtype=torch.long, device=tokens.device)
-        for index, (_, group) in zip(self._row_places, self.decoding, strict=True):
+        for index, (_, group) in zip(batch.index, batch.decoding, strict=True):
             generated[index] = group.generated.long()
-            group.step(None if counts is None else counts[index])
-        ids = torch.zeros(self.bucket, width, dtype=torch.long, device=tokens.device)
+            group.advance(None if counts is None else counts[index])
+        ids = torch.zeros(batch.bucket, width, dtype=torch.long, device=tokens.device)
         ids[:rows] = tokens
         positions = torch.zeros_like(ids)
         ahead = torch.arange(width, device=tokens.device)
         if counts is not None:
             ahead = ahead.minimum(counts.long()[:, None] - 1)
-        positions[:rows] = (self.lengths[self.row_prompt] + generated)[:, None] + ahead
-        logits = self._forward(phase, ids, positions, self.longest + self.used, width)[:rows]
-        self.used += width
-        last = logits[:, 0] if counts is None else logits[range(rows), counts.long() - 1]
-        finite = torch.isfinite(last).all(-1).tolist()
-        for places, group in self.decoding:
-            broken = [i for i, place in enumerate(places) if not finite[place]]
-            if broken:
-                raise MethodFailure(_specs_of(group, broken), "the logits are not finite")
-        return last
+        positions[:rows] = (self.lengths[batch.prompts] + generated)[:, None] + ahead
+        before = self.longest + self.used - width
+        logits = self._forward(phase, ids, positions, before, width)[:rows]
+        for _, group in batch.decoding:
+            group.finish()
+        return logits[:, 0] if counts is None else logits[range(rows), counts.long() - 1]
 
     def reset(self) -> None:
         """Back to the end of the prefill."""
+        self.batch = self._whole
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forget what was decoded, and go on with the same rows."""
         self.used = 0
-        self._decode(self._all_parts)
         for _, group in self.groups:
             group.reset()
 
@@ -302,24 +392,25 @@ class Session:
         Returns:
             The tokens of each row's answer, the one that ended it included.
         """
-        answers: list[list[int]] = [[] for _ in range(self.num_rows)]
-        open_rows = set(range(self.num_rows))
+        answers: list[list[int]] = [[] for _ in range(len(self.batch))]
+        ended: set[int] = set()
         tokens = first.tolist()
         shrinks = self.loaded.device.type == "cpu"
         with self.attached():
             while True:
-                last = dict(zip(self.batch, tokens, strict=True))
-                for row in open_rows & last.keys():
+                last = dict(zip(self.batch.rows, tokens, strict=True))
+                for row in last.keys() - ended:
                     answers[row].append(last[row])
                     if last[row] in eos_ids or len(answers[row]) >= max_new_tokens[row]:
-                        open_rows.discard(row)
-                if not open_rows:
+                        ended.add(row)
+                if len(ended) == len(answers):
                     return answers
                 if shrinks:
-                    self._leave_out(open_rows)
-                batch = [last[row] for row in self.batch]
-                step = self.decode_step(torch.tensor(batch, device=first.device))
-                tokens = step.argmax(-1).tolist()
+                    self._leave_out(ended)
+                batch = torch.tensor([last[row] for row in self.batch.rows], device=first.device)
+                stepped = self.next_tokens(batch)
+                self.check_finite(stepped.finite)
+                tokens = stepped.tokens.tolist()
 
     def attached(self) -> AbstractContextManager[None]:
         """Serve the model's attention for a while; every forward does so by itself, at a cost."""

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.model.forward import last_logits
+from shadowkv_cli.model.fused import Fused
 from shadowkv_cli.model.rotary import compute_table, rotary_module
 from shadowkv_cli.ops.rotary import unrotate
 
@@ -24,6 +25,7 @@ class _Recorder:
     """Serves a model's attention exactly and keeps the keys of every layer."""
 
     context_tokens = PROBE_TOKENS
+    fused: Fused | None = None
 
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
         self.cos, self.sin = cos, sin  # [PROBE_TOKENS, D']

@@ -42,6 +42,11 @@ ABSENT = _load()
 """Why the kernels are not loaded; empty where they are."""
 
 
+def ready(dtype: torch.dtype, head_dim: int, group: int) -> bool:
+    """Whether kernels serve these sizes on a GPU, so that no op waits for the device."""
+    return not ABSENT and not _lacking(dtype, head_dim, group, sections=1)
+
+
 def serves(tensor: Tensor, head_dim: int, *, group: int = 1, sections: int = 1) -> bool:
     """Whether the dispatcher may have this call; if not, the reference is to be called by name.
 

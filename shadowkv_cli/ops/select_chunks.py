@@ -39,7 +39,8 @@ def top_chunks(scores: Tensor, budget_chunks: Tensor, max_chunks: int) -> Tensor
     wanted = budget_chunks.clamp(max=best.shape[-1])[:, None, None]
     last = best.gather(2, (wanted - 1).clamp_min(0).long().expand(-1, best.shape[1], -1))
     enough = (scores >= last).sum(-1, keepdim=True)
-    if bool((enough > wanted).any()):
+    # On a GPU looking whether there are ties would wait for it.
+    if scores.is_cuda or bool((enough > wanted).any()):
         ids, best = _lower_of_ties(scores, last, wanted, best.shape[-1])
     rank = torch.arange(best.shape[-1], device=best.device)
     unwanted = (rank >= wanted) | torch.isneginf(best)

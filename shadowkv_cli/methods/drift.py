@@ -1,0 +1,34 @@
+"""Selecting queries that drift from step to step, so that a wanted share of chunks is at hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Drift:
+    """A stationary random walk of one selecting query a layer, row and query head.
+
+    For benchmarks: random weights give no meaningful hit rate, and real texts give one of their
+    own. Attention itself goes on with the model's queries.
+
+    Attributes:
+        keep: float32, correlation of neighbouring steps; may be changed between steps.
+        queries: [L, R, Hq, D], those of the running step.
+    """
+
+    def __init__(
+        self, layers: int, rows: int, q_heads: int, dim: int, like: Tensor, seed: int
+    ) -> None:
+        device = like.device
+        generator = torch.Generator(device).manual_seed(seed)
+        self._state = torch.randn(layers, rows, q_heads, dim, generator=generator, device=device)
+        self._dtype = like.dtype
+        self.keep = torch.zeros((), device=device)
+        self.queries = self._state.to(self._dtype)
+
+    def advance(self) -> None:
+        """Go on by one step, without waiting for the device."""
+        noise = torch.randn_like(self._state)
+        self._state.mul_(self.keep).add_(noise * (1 - self.keep**2).clamp_min(0).sqrt())
+        self.queries = self._state.to(self._dtype)

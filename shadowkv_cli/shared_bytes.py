@@ -1,0 +1,51 @@
+"""Bytes of several cells over one prompt whose data they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shadowkv_cli.config import (
+    CacheBytes,
+    MethodSpec,
+    ModelShape,
+    ShadowKVSpec,
+    SparseSpec,
+    buffer_slots,
+)
+
+
+def shared_cache_bytes(
+    specs: Sequence[MethodSpec], shape: ModelShape, prompt_tokens: int, new_tokens: int
+) -> CacheBytes:
+    """Bytes that cells hold together for one prompt, beside the model and in host memory.
+
+    Keys, values, low-rank keys and landmarks are held once; what each cell attends beside the
+    prompt's own data, and its buffers, are its own.
+    """
+    shadow = [spec for spec in specs if isinstance(spec, ShadowKVSpec)]
+    width, per_element = shape.key_width, shape.num_layers * shape.element_bytes
+    exact = any(spec.name in ("full", "oracle", "random") for spec in specs)
+    elements = width * 2 * (prompt_tokens + new_tokens) if exact else 0
+    if not exact and any(spec.value_placement == "device" for spec in shadow):
+        elements += width * prompt_tokens  # values alone
+    elements += max((spec.rank for spec in shadow), default=0) * (prompt_tokens + width)
+    for chunk_size, count in {(s.chunk_size, s.landmarks_per_chunk) for s in shadow}:
+        elements += width * (prompt_tokens // chunk_size) * count
+    elements += width * sum(_own_tokens(spec, prompt_tokens, new_tokens) for spec in specs)
+    on_host = any(spec.value_placement == "host" for spec in shadow)
+    return CacheBytes(per_element * elements, per_element * width * prompt_tokens if on_host else 0)
+
+
+def _own_tokens(spec: MethodSpec, prompt_tokens: int, new_tokens: int) -> int:
+    """Tokens of keys and of values that a cell has for itself, both counted."""
+    if not isinstance(spec, SparseSpec):
+        return 0
+    kept = spec.keeps(prompt_tokens)
+    fixed = 2 * (kept.outlier_tokens + kept.local_tokens + new_tokens)
+    if not isinstance(spec, ShadowKVSpec):
+        return fixed + 2 * kept.selected_tokens
+    slots = sum(
+        buffer_slots(kept.selected_chunks, factor)
+        for factor in (spec.key_buffer, spec.value_buffer)
+    )
+    return fixed + slots * spec.chunk_size

@@ -1,0 +1,173 @@
+"""The captured decode step on a CUDA device, against the same rows run op by op and on the CPU."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from shadowkv_cli.bench.driven_hits import drive
+from shadowkv_cli.bench.state import fill_synthetic
+from shadowkv_cli.cells import build_specs
+from shadowkv_cli.model.fused import join_projections
+from shadowkv_cli.model.loading import LoadedModel, describe
+from shadowkv_cli.model.session import Session
+from shadowkv_cli.testing import FAMILIES, tiny_model
+
+pytestmark = pytest.mark.gpu
+
+SMALL = {"rank": "16", "sparse_budget": "32"}
+METHODS = ["full", "shadowkv", "shadowkv:value_placement=host", "oracle", "random", "streaming"]
+
+
+def on_gpu(family: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 64) -> LoadedModel:
+    loaded = tiny_model(family, dtype=dtype, head_dim=head_dim)
+    model = loaded.model.to("cuda")
+    join_projections(model)
+    return describe(model, loaded.name, random_weights=True)
+
+
+def prompt_of(tokens: int, seed: int = 1) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 256, (tokens,), generator=generator).tolist()
+
+
+def forced_logits(session: Session, ids: list[int], rows: int, steps: int) -> torch.Tensor:
+    """Logits [steps, R, V] of given tokens after a prompt, by whatever way the session decodes."""
+    session.prefill(ids, key="a")
+    tokens = torch.tensor(prompt_of(steps, seed=2), device="cuda")
+    found = []
+    with session.attached():
+        for token in tokens:
+            found.append(session.next_tokens(token.expand(rows)).logits.clone())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captured_step_gives_the_logits_of_the_same_ops_one_by_one(family, dtype) -> None:
+    loaded, ids, specs = on_gpu(family, dtype), prompt_of(403), build_specs(METHODS, SMALL)
+    logits, audits = [], []
+    for captures in (True, False):
+        session = Session(loaded, specs, prompt_tokens=403, new_tokens=30, captures=captures)
+        logits.append(forced_logits(session, ids, len(specs), 30))
+        assert session.is_captured is captures
+        audits.append([session.audit(row, 30) for row in range(len(specs))])
+    assert torch.equal(*logits)
+    assert audits[0] == audits[1]
+
+
+def test_one_graph_serves_prompts_of_other_lengths_and_is_captured_once(monkeypatch) -> None:
+    loaded, specs = on_gpu("llama"), build_specs(METHODS, SMALL)
+    session = Session(loaded, specs, prompt_tokens=700, new_tokens=20)
+    captured = []
+    capture = Session._capture
+    monkeypatch.setattr(Session, "_capture", lambda self: captured.append(1) or capture(self))
+    for tokens in (403, 700, 128, 403):
+        found = forced_logits(session, prompt_of(tokens), len(specs), 20)
+        alone = Session(loaded, specs, prompt_tokens=700, new_tokens=20, captures=False)
+        assert torch.equal(found, forced_logits(alone, prompt_of(tokens), len(specs), 20)), tokens
+    assert captured == [1]
+
+
+def test_generate_ends_and_answers_as_without_a_graph() -> None:
+    loaded, specs, ids = on_gpu("qwen2"), build_specs(METHODS, SMALL), prompt_of(300)
+    found = []
+    for captures in (True, False):
+        session = Session(loaded, specs, prompt_tokens=300, new_tokens=24, captures=captures)
+        for _ in range(2):  # the second answer replays the graph of the first
+            first = session.prefill(ids, key="a").argmax(-1).expand(len(specs))
+            found.append(session.generate(first, [24] * len(specs), frozenset([7, 11])))
+            session.reset()
+    assert found[0] == found[1] == found[2] == found[3]
+
+
+LAYOUTS = list(
+    itertools.product(
+        ("device", "host"), ((1, 1), (4, 2), (1, 3), (2.5, 1)), (1, 2, 3, 5), (True, False)
+    )
+)
+
+
+def test_where_chunks_lie_and_who_works_on_them_changes_no_bit() -> None:
+    loaded = on_gpu("llama")
+    tokens = torch.tensor(prompt_of(40, seed=2), device="cuda")
+    expected = None
+    for placement, (value_buffer, key_buffer), lanes, captures in LAYOUTS:
+        settings = SMALL | {
+            "value_placement": placement,
+            "value_buffer": str(value_buffer),
+            "key_buffer": str(key_buffer),
+        }
+        (spec,) = build_specs(["shadowkv"], settings)
+        session = Session(
+            loaded, [spec], prompt_tokens=512, new_tokens=40, num_prompts=5, merge_cells=False,
+            captures=captures,
+        )  # fmt: skip
+        fill_synthetic(session, 512)
+        session.focus(spec, lanes=lanes)
+        with session.attached():
+            for token in tokens:
+                logits = session.next_tokens(token.expand(5)).logits
+        case = (placement, value_buffer, key_buffer, lanes, captures)
+        assert session.is_captured is captures, case
+        expected = logits.clone() if expected is None else expected
+        assert torch.equal(logits, expected), case
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_engine_in_bf16_is_at_most_twice_as_wrong_as_torch(family: str) -> None:
+    specs, ids = build_specs(["full", "shadowkv:value_placement=host"], SMALL), prompt_of(403)
+    exact_model = tiny_model(family, head_dim=64)
+    exact = Session(exact_model, specs, prompt_tokens=403, new_tokens=8)
+    engine = Session(on_gpu(family), specs, prompt_tokens=403, new_tokens=8)
+    plain_model = tiny_model(family, dtype=torch.bfloat16, head_dim=64)  # torch ops on the CPU
+    plain = Session(plain_model, specs, prompt_tokens=403, new_tokens=8)
+    tokens = prompt_of(8, seed=2)
+
+    def run(session: Session) -> torch.Tensor:
+        session.prefill(ids, key="a")
+        device = session.loaded.device
+        steps = [session.next_tokens(torch.tensor([t, t], device=device)) for t in tokens]
+        return steps[-1].logits.float().cpu()
+
+    truth, ours, theirs = run(exact), run(engine), run(plain)
+    for row, spec in enumerate(specs):
+        allowed = 2 * (theirs[row] - truth[row]).abs().max() + 2e-2 * truth[row].abs().max()
+        assert (ours[row] - truth[row]).abs().max() <= allowed, spec.cell
+
+
+@pytest.mark.slow
+def test_four_thousand_tokens_end_as_on_the_torch_path() -> None:
+    steps, ids = 4000, prompt_of(600)
+    specs = build_specs(["full", "shadowkv:value_placement=host,value_buffer=4"], SMALL)
+    last = []
+    for captures in (True, False):
+        session = Session(
+            on_gpu("llama", torch.float32), specs, prompt_tokens=600, new_tokens=steps,
+            captures=captures,
+        )  # fmt: skip
+        session.prefill(ids, key="a")
+        tokens = torch.tensor(prompt_of(steps, seed=3), device="cuda")
+        with session.attached():
+            for token in tokens:
+                stepped = session.next_tokens(token.expand(2))
+        assert bool(stepped.finite.all())
+        last.append(stepped.logits.clone())
+    assert torch.equal(*last)
+
+
+def test_queries_that_drift_reach_a_hit_rate() -> None:
+    settings = SMALL | {"sparse_budget": "256", "value_placement": "host", "value_buffer": "4"}
+    (spec,) = build_specs(["shadowkv"], settings)
+    session = Session(
+        on_gpu("llama"), [spec], prompt_tokens=8192, new_tokens=64, num_prompts=6,
+        merge_cells=False,
+    )  # fmt: skip
+    first = fill_synthetic(session, 8192)
+    session.focus(spec, lanes=2)
+    for wanted in (0.6, 0.88):
+        drive(session, first, wanted, warmup=32, steps=32)
+        (_, group), *_ = session.batch.parts
+        assert group.hit_rate(33, 64) == pytest.approx(wanted, abs=0.02)
