@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_DATA := datasets/demo
 DEMO_RUN := results/demo
+GPU_RUN ?= results/gpu-decode
 # The committed results/smollm2-reference has 50 samples; its manifest holds its command.
 SMOLLM2_SAMPLES ?= 15
 SMOLLM2_STEPS ?= 4
@@ -21,7 +22,7 @@ export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-smollm2 train-demo test test-smollm2 test-gpu sanitize-gpu lint format typecheck bench-data \
-	bench-ops kernels wheel clean
+	bench-ops bench-gpu kernels wheel clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -114,6 +115,15 @@ bench-data: setup ## Measure how fast prompts are built
 
 bench-ops: setup ## Measure every compiled op on a GPU, the torch reference beside it
 	$(BIN)/python -m shadowkv_cli.bench.op_speed
+
+bench-gpu: kernels ## Decode throughput on a GPU at 122,880 tokens, beside the targets: some 10 minutes
+	$(SHADOWKV) bench --model shape:llama-3.1-8b --state synthetic --context-length 122880 \
+		--batch-size auto,1 --share --method full --method shadowkv:value_buffer=4,key_buffer=4 \
+		--method shadowkv --sparse-budget 2048 --rank 160 --outlier-chunks 48 --value-placement host \
+		--hit-rate 0.59,0.88 --warmup-steps 40 --decode-steps 24 --output $(GPU_RUN)
+	$(BIN)/python -m shadowkv_cli.bench.op_speed --batch-size 1,8,24 --json > $(GPU_RUN)/ops.json
+	$(BIN)/python -m shadowkv_cli.bench.targets $(GPU_RUN)
+	@$(SHADOWKV) plot $(GPU_RUN)
 
 kernels: setup ## Compile the CUDA kernels; no GPU is needed, and nvcc only if there is one
 	@{ command -v nvcc && command -v cmake; } >/dev/null || \

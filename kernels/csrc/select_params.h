@@ -29,7 +29,7 @@ constexpr int SCORE_WARPS = 4;
 constexpr int SEGMENT = 512;                // landmarks
 constexpr int SCORE_STRIDE = SEGMENT + 8;   // query heads lie in banks of their own
 constexpr int MAX_QUERY_GROUP = 16;
-constexpr int SELECT_THREADS = 1024;
-constexpr int DIGITS = 2048;
+constexpr int SELECT_DIGIT_BITS = 11;
+constexpr int SELECT_THREADS = 1 << (SELECT_DIGIT_BITS - 1);
 
 }  // namespace shadowkv

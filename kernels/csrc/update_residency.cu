@@ -7,8 +7,8 @@ namespace shadowkv {
 
 namespace {
 
-/// Words of the sort that shared memory holds: 64 KiB.
-constexpr int MOST_SHARED_PLACES = 8 * 1024;
+/// Ages and free slots that shared memory holds: 64 KiB.
+constexpr int64_t MOST_SHARED_WORDS = 16 * 1024;
 
 }  // namespace
 
@@ -41,13 +41,12 @@ std::tuple<Tensor, Tensor> update_residency(Tensor ids, Tensor step, Tensor chun
   p.wanted = static_cast<int>(wanted);
   p.buffer = static_cast<int>(buffer);
   p.chunks = static_cast<int>(slot_of_chunk.size(2));
-  p.places = 1;
-  while (p.places < p.buffer) p.places *= 2;
-  const bool in_shared = p.places <= MOST_SHARED_PLACES;
-  Tensor ages = scratch(ids, in_shared ? 0 : rows * heads * p.places, ScalarType::Long);
-  p.ages = in_shared ? nullptr : static_cast<uint64_t*>(ages.data_ptr());
-  const size_t bytes = in_shared ? p.places * sizeof(uint64_t) : 0;
-  device.allow_shared(place_chunks, MOST_SHARED_PLACES * sizeof(uint64_t));
+  const int64_t words = buffer + wanted;
+  const bool in_shared = words <= MOST_SHARED_WORDS;
+  Tensor ages = scratch(ids, in_shared ? 0 : rows * heads * words, ScalarType::Int);
+  p.ages = in_shared ? nullptr : static_cast<uint32_t*>(ages.data_ptr());
+  const size_t bytes = in_shared ? words * sizeof(uint32_t) : 0;
+  device.allow_shared(place_chunks, MOST_SHARED_WORDS * sizeof(uint32_t));
   place_chunks<<<dim3(heads, rows), RESIDENCY_THREADS, bytes, device.stream()>>>(p);
   device.check_launch();
   return {slots, misses};

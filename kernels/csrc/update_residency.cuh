@@ -1,11 +1,10 @@
-// Slots of the selected chunks: hits keep theirs, the k-th miss takes the k-th least recently used.
+// Slots of the selected chunks: hits keep theirs, misses take the least recently used ones.
 //
-// A block serves one row and KV head. Slots are ordered by (last use, slot), as a stable sort has
-// it, in one 64-bit word each: a bitonic sort of a power of two of them, in shared memory where
-// they fit.
+// A block serves one row and KV head. As many slots as chunks are missing are found by their age,
+// of equal age the lower ones, and taken in their order.
 #pragma once
 
-#include "common/block.cuh"
+#include "common/highest.cuh"
 
 namespace shadowkv {
 
@@ -17,30 +16,17 @@ struct ResidencyParams {
   int* slot_of_chunk;  // [R, Hk, C]
   int* slots;          // [R, Hk, N]
   bool* misses;        // [R, Hk, N]
-  uint64_t* ages;      // [R, Hk, places], or null where shared memory holds them
-  int heads, wanted, buffer, chunks, places;
+  uint32_t* ages;      // [R, Hk, B + N], or null where shared memory holds ages and free slots
+  int heads, wanted, buffer, chunks;
 };
 
-constexpr int RESIDENCY_THREADS = 512;
-
-__device__ inline void sort_ascending(uint64_t* words, int count) {
-  for (int size = 2; size <= count; size *= 2) {
-    for (int gap = size / 2; gap; gap /= 2) {
-      for (int i = threadIdx.x; i < count / 2; i += blockDim.x) {
-        const int low = 2 * i - (i & (gap - 1)), high = low + gap;
-        const bool ascending = (low & size) == 0;
-        const uint64_t a = words[low], b = words[high];
-        if ((a > b) == ascending) words[low] = b, words[high] = a;
-      }
-      __syncthreads();
-    }
-  }
-}
+constexpr int RESIDENCY_DIGIT_BITS = 10;
+constexpr int RESIDENCY_THREADS = 1 << (RESIDENCY_DIGIT_BITS - 1);
 
 __global__ void __launch_bounds__(RESIDENCY_THREADS)
     place_chunks(const __grid_constant__ ResidencyParams p) {
-  extern __shared__ __align__(16) uint64_t shared_ages[];
-  __shared__ uint64_t room[33];
+  extern __shared__ __align__(16) uint32_t shared_ages[];
+  __shared__ DigitRoom<RESIDENCY_DIGIT_BITS> room;
   const int64_t plane = static_cast<int64_t>(blockIdx.y) * p.heads + blockIdx.x;
   const int* ids = p.ids + plane * p.wanted;
   int* slots = p.slots + plane * p.wanted;
@@ -48,7 +34,8 @@ __global__ void __launch_bounds__(RESIDENCY_THREADS)
   int* chunk_of_slot = p.chunk_of_slot + plane * p.buffer;
   int* last_used = p.last_used + plane * p.buffer;
   int* slot_of_chunk = p.slot_of_chunk + plane * p.chunks;
-  uint64_t* ages = p.ages ? p.ages + plane * p.places : shared_ages;
+  uint32_t* ages = p.ages ? p.ages + plane * (p.buffer + p.wanted) : shared_ages;
+  int* free_slots = reinterpret_cast<int*>(ages + p.buffer);
   const int step = p.step[blockIdx.y];
 
   // A thread owns a run of chunks, so that misses are counted in their order.
@@ -64,28 +51,26 @@ __global__ void __launch_bounds__(RESIDENCY_THREADS)
     mine += miss;
     if (slot >= 0) last_used[slot] = step;
   }
-  int next = static_cast<int>(scan_block(mine, room, missing));  // a barrier: hits are marked
+  int next = static_cast<int>(scan_block(mine, room.scan, missing));  // a barrier: hits are marked
   if (missing == 0) return;
 
-  for (int slot = threadIdx.x; slot < p.places; slot += blockDim.x) {
-    // The sign bit turned, negative steps come first; places beyond the buffer come last.
-    ages[slot] = slot < p.buffer
-                     ? static_cast<uint64_t>(static_cast<uint32_t>(last_used[slot]) ^ 0x80000000u)
-                               << 32 | static_cast<uint32_t>(slot)
-                     : ~uint64_t{0};
+  for (int slot = threadIdx.x; slot < p.buffer; slot += blockDim.x) {
+    // Never used is older than all; used in this step, or never free, is 0: not to be had.
+    ages[slot] = static_cast<uint32_t>(max(static_cast<int64_t>(step) - last_used[slot], int64_t{0}));
   }
   __syncthreads();
-  sort_ascending(ages, p.places);
+  write_highest(ages, p.buffer, 32 - __clz(step + 1), static_cast<int>(missing), free_slots, room);
+  __syncthreads();
 
   for (int i = first, k = next; i < end; ++i) {
     if (!misses[i]) continue;
-    const int slot = static_cast<int>(ages[k++] & 0xffffffffu), evicted = chunk_of_slot[slot];
+    const int evicted = chunk_of_slot[free_slots[k++]];
     if (evicted >= 0) slot_of_chunk[evicted] = -1;
   }
   __syncthreads();
   for (int i = first; i < end; ++i) {
     if (!misses[i]) continue;
-    const int slot = static_cast<int>(ages[next++] & 0xffffffffu);
+    const int slot = free_slots[next++];
     slot_of_chunk[ids[i]] = slot;
     chunk_of_slot[slot] = ids[i];
     last_used[slot] = step;

@@ -32,10 +32,27 @@ def measured_hits(session: Session, first: Tensor, warmup: int, steps: int) -> f
     return group.hit_rate(warmup + 1, warmup + steps)
 
 
-def drive(session: Session, first: Tensor, wanted: float, warmup: int, steps: int) -> None:
+def drive(
+    session: Session,
+    first: Tensor,
+    wanted: float,
+    warmup: int,
+    steps: int,
+    known: float | None = None,
+) -> float:
     """Give the one cell that a session decodes queries that reach a hit rate.
 
     By halving the range of the logarithm of the drift; says so where it is not reached.
+
+    Args:
+        session: set to decode one cell, of which no graph is captured yet.
+        first: int64 [R], the tokens to begin with.
+        wanted: hit rate.
+        warmup, steps: the hit rate is that of `steps` steps after `warmup` ones.
+        known: what an earlier call for the same cell and rate returned: it is taken as it is.
+
+    Returns:
+        One minus the correlation of neighbouring steps' queries.
     """
     (_, group), *_ = session.batch.parts
     assert isinstance(group, SparseGroup), "only chunks that are fetched can be at hand"
@@ -48,15 +65,23 @@ def drive(session: Session, first: Tensor, wanted: float, warmup: int, steps: in
         like=group.keys[0],
         seed=SEED,
     )
+    if known is not None:
+        _set(group.drift, known)
+        return known
     low, high = math.log(SLOWEST), math.log(FASTEST)
     hits: float | None = None
     for _ in range(ROUNDS):
         middle = (low + high) / 2
-        with torch.inference_mode():
-            group.drift.keep.fill_(1 - math.exp(middle))
+        _set(group.drift, math.exp(middle))
         hits = measured_hits(session, first, warmup, steps)
         if hits is None or abs(hits - wanted) < CLOSE:
             break
         low, high = (low, middle) if hits < wanted else (middle, high)
     if hits is None or abs(hits - wanted) >= CLOSE:
         notice(f"A hit rate of {wanted:.0%} was not reached; it is {hits or 0:.1%}.")
+    return math.exp(middle)
+
+
+@torch.inference_mode()
+def _set(drift: Drift, change: float) -> None:
+    drift.keep.fill_(1 - change)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -166,6 +167,8 @@ class _Bench:
         if settings.share and not self.all_fit:
             self.sets = [[spec] for spec in specs]
         self._kept: dict[int, tuple[Session, torch.Tensor, float | None]] = {}
+        self.drifts: dict[Case, float] = {}
+        """How fast queries drift that drive a case to its hit rate: found in its first round."""
 
     @contextmanager
     def session(self, place: int) -> Iterator[tuple[Session, torch.Tensor, float | None]]:
@@ -240,12 +243,18 @@ class _StepClock:
 
 
 def measure(
-    session: Session, first: torch.Tensor, case: Case, settings: BenchSettings, number: int = 0
+    session: Session,
+    first: torch.Tensor,
+    case: Case,
+    settings: BenchSettings,
+    drifts: dict[Case, float],
+    number: int,
 ) -> Row:
     """Decode one cell alone, greedily, and time each step; the first round looks at phases too."""
     session.focus(case.spec, lanes=_lanes(case, settings))
     if case.hit_rate is not None:
-        drive(session, first, case.hit_rate, settings.warmup_steps, settings.decode_steps)
+        steps = (settings.warmup_steps, settings.decode_steps)
+        drifts[case] = drive(session, first, case.hit_rate, *steps, drifts.get(case))
         session.reset()
     tokens, clock = first, _StepClock(session.loaded.device)
     finite = torch.ones(case.batch_size, dtype=torch.bool, device=first.device)
@@ -332,16 +341,26 @@ def run_cases(
     together: dict[tuple[int, int], list[Case]] = {}
     for case in cases:
         together.setdefault((case.context_length, case.batch_size), []).append(case)
-    peak = PeakMemory(loaded.device)
     for of_size in together.values():
-        bench = _Bench(loaded, settings, of_size, prompts)
-        for number in range(settings.rounds):
-            # Every round begins with another cell, so that none is always first.
-            places = _rotated(range(len(bench.sets)), number)
-            for place in places:
-                wanted = [c for c in of_size if c.spec in bench.sets[place]]
-                open_cases = [c for c in _rotated(wanted, number) if not done(c, number)]
-                yield from _measure_set(bench, place, open_cases, number, peak)
+        yield from _measure_size(of_size, settings, loaded, done, prompts)
+
+
+def _measure_size(
+    cases: list[Case],
+    settings: BenchSettings,
+    loaded: LoadedModel,
+    done: Callable[[Case, int], bool],
+    prompts: Callable[[int, int], list[list[int]]] | None,
+) -> Iterator[Row]:
+    """All rounds of the cases of one length and batch; nothing of them is held afterwards."""
+    gc.collect()  # what the cases before held on the device
+    bench, peak = _Bench(loaded, settings, cases, prompts), PeakMemory(loaded.device)
+    for number in range(settings.rounds):
+        # Every round begins with another cell, so that none is always first.
+        for place in _rotated(range(len(bench.sets)), number):
+            wanted = [c for c in cases if c.spec in bench.sets[place]]
+            open_cases = [c for c in _rotated(wanted, number) if not done(c, number)]
+            yield from _measure_set(bench, place, open_cases, number, peak)
 
 
 def _rotated(items: Sequence[T], by: int) -> list[T]:
@@ -361,7 +380,7 @@ def _measure_set(
             for case, row in zip(cases, known, strict=True):
                 peak.restart()
                 try:
-                    row |= measure(session, first, case, bench.settings, number)
+                    row |= measure(session, first, case, bench.settings, bench.drifts, number)
                 except MethodFailure as failure:
                     row |= _failure(failure)
                 # A shared prefill does the work of every cell.

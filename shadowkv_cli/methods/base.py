@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shadowkv_cli.config import MethodSpec, ModelShape
+from shadowkv_cli.methods.drift import Drift
 from shadowkv_cli.methods.store import Prompt, PromptStore
 from shadowkv_cli.ops import compiled
 
@@ -65,6 +66,8 @@ class Group(ABC):
         self.seen = self.generated
         self.row_index = torch.arange(len(rows), device=device)
         self.used = 0
+        self.drift: Drift | None = None
+        """Queries that select in place of the model's: benchmarks set them."""
 
     def subset(self, rows: Sequence[int]) -> Self:
         """A group of some of the rows that goes on from where they stand.

@@ -25,7 +25,7 @@ class ShadowKVGroup(SparseGroup):
         self.layout = (self.chunk_size, first.landmarks_per_chunk)
         self.placement = first.value_placement
         if self.placement == "host" and store.device.type == "cuda":
-            self.side = SideStream(store.device)
+            self.sides = (SideStream(store.device), SideStream(store.device))
         ranks = [spec.rank for spec in self.specs if isinstance(spec, ShadowKVSpec)]
         self.max_rank = max(ranks)
         self.rank = torch.tensor(ranks, dtype=torch.int32, device=store.device)

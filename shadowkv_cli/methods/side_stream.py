@@ -4,26 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 
-class SideStream:
-    """A second stream that is forked from the current one and joined by its marks.
+@dataclass
+class Join:
+    """Where work that was issued beside is waited for; nothing to wait for without an event."""
 
-    What was allocated before the fork and is used beside must be kept until after the join.
+    event: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Let the current stream go on when that work is done."""
+        if self.event is not None:
+            self.event.wait()
+
+
+class SideStream:
+    """Another stream, forked from the current one and joined by waiting for what it issued.
+
+    What was allocated before the fork and is used beside must be kept until after the join; what
+    is allocated beside, too.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device, priority=-1)
 
     @contextmanager
-    def forked(self) -> Iterator[None]:
+    def forked(self) -> Iterator[Join]:
         """Issue work that begins when all that was issued before is done."""
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        join = Join()
         with torch.cuda.stream(self.stream):
-            yield
-
-    def mark(self) -> torch.cuda.Event:
-        """An event behind what was issued beside so far; waiting for it joins."""
-        return self.stream.record_event()
+            yield join
+            join.event = self.stream.record_event()

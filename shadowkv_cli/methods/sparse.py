@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,7 @@ from torch import Tensor
 from shadowkv_cli import ops
 from shadowkv_cli.config import Kept, SparseSpec, buffer_slots
 from shadowkv_cli.methods.base import Group, Row
-from shadowkv_cli.methods.drift import Drift
-from shadowkv_cli.methods.side_stream import SideStream
+from shadowkv_cli.methods.side_stream import Join, SideStream
 from shadowkv_cli.methods.store import Prompt, PromptStore
 
 NEVER_FREE = torch.iinfo(torch.int32).max
@@ -53,13 +53,13 @@ class Residency:
 
 @dataclass(frozen=True)
 class _AtHand:
-    """A layer's selected chunks and where they are; `fetched` tells when the values are there."""
+    """A layer's selected chunks, and where they are once all has been joined."""
 
     ids: Tensor
     misses: Tensor  # of values
     key_slots: Tensor
     value_slots: Tensor
-    fetched: torch.cuda.Event | None
+    joins: tuple[Join, Join]
 
 
 class SparseGroup(Group):
@@ -116,10 +116,9 @@ class SparseGroup(Group):
         self.fetched = torch.zeros(new_tokens + 1, count, dtype=torch.int64, device=device)
         self.selected = torch.zeros_like(self.fetched)  # by step and row
         self._to_count: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.side: SideStream | None = None
-        """Where values are fetched beside the rest; None where that brings nothing."""
+        self.sides: tuple[SideStream, SideStream] | None = None
+        """Where values are fetched and keys rebuilt beside the rest; None: one after the other."""
         self._parts: list[SparseGroup] = []
-        self.drift: Drift | None = None
 
     def take_rows(self, rows: Sequence[int], index: slice | Tensor) -> None:
         self.specs = [self.specs[row] for row in rows]
@@ -224,8 +223,8 @@ class SparseGroup(Group):
         ]
         outputs = []
         for (lane, part, counter), at_hand in zip(work, loaded, strict=True):
-            if at_hand.fetched is not None:
-                at_hand.fetched.wait()
+            for join in at_hand.joins:
+                join.wait()
             self._to_count.append((counter, at_hand.ids, at_hand.misses))
             outputs.append(
                 lane._attend_slots(layer, part, at_hand.key_slots, at_hand.value_slots, scale)
@@ -233,21 +232,21 @@ class SparseGroup(Group):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _select_and_load(self, layer: int, q: Tensor, scale: float) -> _AtHand:
-        """Select chunks and bring them to the buffers, values beside everything else."""
+        """Select chunks and bring them to the buffers, beside everything else where that pays."""
         ids = self.select(layer, q, scale)
         value_slots, misses = self._place(self.value_tables[layer], ids)
-        fetched = None
-        if self.side is None:
+        with self._beside(0) as values_there:
             self.load_values(layer, ids, value_slots, misses)
-        else:
-            with self.side.forked():
-                self.load_values(layer, ids, value_slots, misses)
-                fetched = self.side.mark()
-        key_slots, key_misses = value_slots, misses
-        if not self.one_table:
-            key_slots, key_misses = self._place(self.key_tables[layer], ids)
-        self.load_keys(layer, ids, key_slots, key_misses)
-        return _AtHand(ids, misses, key_slots, value_slots, fetched)
+        with self._beside(1) as keys_there:
+            key_slots, key_misses = value_slots, misses
+            if not self.one_table:
+                key_slots, key_misses = self._place(self.key_tables[layer], ids)
+            self.load_keys(layer, ids, key_slots, key_misses)
+        return _AtHand(ids, misses, key_slots, value_slots, (values_there, keys_there))
+
+    def _beside(self, which: int) -> AbstractContextManager[Join]:
+        """Do something on a side stream, where there are any; the join waits for it."""
+        return nullcontext(Join()) if self.sides is None else self.sides[which].forked()
 
     def _attend_slots(
         self, layer: int, q: Tensor, key_slots: Tensor, value_slots: Tensor, scale: float

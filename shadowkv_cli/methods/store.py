@@ -12,7 +12,7 @@ from torch import Tensor
 from shadowkv_cli import ops
 from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec
 from shadowkv_cli.methods.low_rank import factorise
-from shadowkv_cli.methods.pinned import pin
+from shadowkv_cli.methods.pinned import host_memory, pin
 from shadowkv_cli.ops.rotary import unrotate
 
 
@@ -96,8 +96,8 @@ class PromptStore:
         layers, heads, dim = range(shape.num_layers), shape.num_kv_heads, shape.head_dim
         prompts, tokens = num_prompts, self.prompt_tokens
 
-        def empty(*size: int, on: torch.device = device) -> list[Tensor]:
-            return [torch.empty(*size, dtype=dtype, device=on) for _ in layers]
+        def empty(*size: int) -> list[Tensor]:
+            return [torch.empty(*size, dtype=dtype, device=device) for _ in layers]
 
         # The tokens that full attention generates follow the prompt.
         held = tokens + (new_tokens if any(spec.name == "full" for spec in specs) else 0)
@@ -105,7 +105,7 @@ class PromptStore:
         self.values = empty(prompts, heads, held, dim) if needs.values else []
         self.host_values: list[Tensor] = []
         if needs.host_values:
-            self.host_values = empty(prompts, heads, tokens, dim, on=torch.device("cpu"))
+            self.host_values = [host_memory((prompts, heads, tokens, dim), dtype) for _ in layers]
             pin(self.host_values, self)
         rank = needs.rank
         self.coefficients = empty(prompts, tokens, rank) if rank else []

@@ -120,6 +120,7 @@ class Session:
         group = next(group for _, group in self.groups if group.rows[0].spec == spec)
         assert len(group.rows) == self.num_prompts, "the cells of this session are merged"
         group.split_lanes(lanes)
+        group.drift = None
         self._graphs.clear()
         self._decode_all([(list(range(self.num_prompts)), group)], padded=False)
         self.reset()

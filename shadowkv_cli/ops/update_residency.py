@@ -25,12 +25,15 @@ def _reference(
     misses = valid & (slots < 0)
     if not bool(misses.any()):
         return slots, misses
-    # The k-th miss takes the k-th least recently used slot; slots hit in this step are the newest.
+    # Slots hit in this step are the newest.
     oldest = last_used.argsort(dim=-1, stable=True)
+    rank = torch.arange(slots_held, device=ids.device)
+    kept = rank >= misses.sum(-1, keepdim=True)
+    free = oldest.masked_fill(kept, slots_held).sort(-1).values
     order = (misses.cumsum(-1) - 1).clamp_min(0)
     new = misses.nonzero(as_tuple=True)
     row, head = new[0], new[1]
-    taken = oldest.gather(2, order)[new]
+    taken = free.gather(2, order)[new]
     evicted = chunk_of_slot[row, head, taken].long()
     held = evicted >= 0
     slot_of_chunk[row[held], head[held], evicted[held]] = -1
@@ -59,6 +62,9 @@ def update_residency(
     ids: Tensor, step: Tensor, chunk_of_slot: Tensor, last_used: Tensor, slot_of_chunk: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Find the selected chunks in a buffer of slots, and give the missing ones the oldest slots.
+
+    Of k chunks that are missing, in their order, the j-th takes the j-th in order of the k least
+    recently used slots; of slots that were last used in one step the lower ones are taken.
 
     With as many slots as chunks are selected, only the last step's selection is kept: the paper's
     policy. More slots make it a buffer of the least recently used.

@@ -1,0 +1,80 @@
+// A block finds the highest keys of an array, digit by digit, and writes where they are.
+#pragma once
+
+#include "block.cuh"
+
+namespace shadowkv {
+
+/// Digits of so many bits; a block of 2^(BITS - 1) threads owns two of them each.
+template <int BITS>
+struct DigitRoom {
+  static constexpr int DIGITS = 1 << BITS, THREADS = DIGITS / 2;
+  int histogram[DIGITS];
+  uint64_t scan[33];
+  int digit, wanted;
+};
+
+/// Of the keys that share `prefix` above `shift + bits`, find the digit of the `wanted`-th highest,
+/// and take from `wanted` how many have a higher one. Keys of 0 are not there.
+template <int BITS>
+__device__ uint32_t find_digit(const uint32_t* keys, int count, uint32_t prefix, int shift,
+                               int bits, int& wanted, DigitRoom<BITS>& room) {
+  const int digits = 1 << bits;
+  for (int i = threadIdx.x; i < digits; i += blockDim.x) room.histogram[i] = 0;
+  __syncthreads();
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    const uint32_t key = keys[i];
+    const bool same = shift + bits == 32 || key >> (shift + bits) == prefix;
+    if (key && same) atomicAdd(&room.histogram[key >> shift & (digits - 1)], 1);
+  }
+  __syncthreads();
+  const int high = digits - 1 - 2 * static_cast<int>(threadIdx.x), low = high - 1;  // highest first
+  const int of_high = high >= 0 ? room.histogram[high] : 0;
+  const int of_low = low >= 0 ? room.histogram[low] : 0;
+  uint64_t total;
+  const int above = static_cast<int>(scan_block(of_high + of_low, room.scan, total));
+  if (above < wanted && wanted <= above + of_high) {
+    room.digit = high, room.wanted = wanted - above;
+  } else if (above + of_high < wanted && wanted <= above + of_high + of_low) {
+    room.digit = low, room.wanted = wanted - above - of_high;
+  }
+  __syncthreads();
+  wanted = room.wanted;
+  const uint32_t digit = room.digit;
+  __syncthreads();
+  return digit;
+}
+
+/// Write the places of the `wanted` highest keys, ascending; of equal keys those in front.
+///
+/// Keys are below 2^key_bits and 0 where there is none; at least `wanted` (1 or more) are there.
+/// Digits are quick to count where the keys are spread: many equal ones queue up in one place.
+template <int BITS>
+__device__ void write_highest(const uint32_t* keys, int count, int key_bits, int wanted, int* out,
+                              DigitRoom<BITS>& room) {
+  int ties_wanted = wanted;
+  uint32_t cut = 0;
+  for (int left = key_bits; left > 0;) {
+    const int bits = min(left, BITS);
+    left -= bits;
+    cut = cut << bits | find_digit(keys, count, cut, left, bits, ties_wanted, room);
+  }
+  // A thread owns a run of keys of odd length: neighbours read other banks.
+  const int run = ((count + blockDim.x - 1) / blockDim.x) | 1;
+  const int first = min(static_cast<int64_t>(threadIdx.x) * run, static_cast<int64_t>(count));
+  const int end = min(first + run, count);
+  uint64_t counts = 0, total;  // keys above the cut in the upper half, equal to it in the lower
+  for (int i = first; i < end; ++i) {
+    counts += (keys[i] > cut ? uint64_t{1} << 32 : 0) + (keys[i] == cut);
+  }
+  const uint64_t before = scan_block(counts, room.scan, total);
+  int above = static_cast<int>(before >> 32), ties = static_cast<int>(before & 0xffffffffu);
+  for (int i = first; i < end; ++i) {
+    const bool tie = keys[i] == cut;
+    if (keys[i] > cut || (tie && ties < ties_wanted)) out[above + min(ties, ties_wanted)] = i;
+    above += keys[i] > cut;
+    ties += tie;
+  }
+}
+
+}  // namespace shadowkv
