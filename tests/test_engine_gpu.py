@@ -166,8 +166,8 @@ def test_queries_that_drift_reach_a_hit_rate() -> None:
         merge_cells=False,
     )  # fmt: skip
     first = fill_synthetic(session, 8192)
-    session.focus(spec, lanes=2)
     for wanted in (0.6, 0.88):
+        session.focus(spec, lanes=2)
         drive(session, first, wanted, warmup=32, steps=32)
         (_, group), *_ = session.batch.parts
         assert group.hit_rate(33, 64) == pytest.approx(wanted, abs=0.02)

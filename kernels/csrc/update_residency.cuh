@@ -4,6 +4,8 @@
 // of equal age the lower ones, and taken in their order.
 #pragma once
 
+#include <climits>
+
 #include "common/highest.cuh"
 
 namespace shadowkv {
@@ -55,11 +57,10 @@ __global__ void __launch_bounds__(RESIDENCY_THREADS)
   if (missing == 0) return;
 
   for (int slot = threadIdx.x; slot < p.buffer; slot += blockDim.x) {
-    // Never used is older than all; used in this step, or never free, is 0: not to be had.
-    ages[slot] = static_cast<uint32_t>(max(static_cast<int64_t>(step) - last_used[slot], int64_t{0}));
+    // Never used (-1) is older than all; never free (the largest number) is 0, not to be had.
+    ages[slot] = static_cast<uint32_t>(INT_MAX) - static_cast<uint32_t>(last_used[slot]);
   }
-  __syncthreads();
-  write_highest(ages, p.buffer, 32 - __clz(step + 1), static_cast<int>(missing), free_slots, room);
+  write_highest(ages, p.buffer, static_cast<int>(missing), free_slots, room);
   __syncthreads();
 
   for (int i = first, k = next; i < end; ++i) {

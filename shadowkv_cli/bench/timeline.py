@@ -42,7 +42,8 @@ def phase_ms(session: Session, first: Tensor, warmup: int) -> dict[str, float]:
         for _ in range(warmup):
             tokens = session.next_tokens(tokens).tokens
         torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
             for _ in range(STEPS):
                 tokens = session.next_tokens(tokens).tokens
             torch.cuda.synchronize()

@@ -303,8 +303,6 @@ class Session:
             self._make_room(1, None)
             return self._greedy(tokens)
 
-        if not hasattr(self, "_pool"):
-            self._pool = torch.cuda.graph_pool_handle()
         # The window of a model that has one is checked for the whole answer at once.
         longest, self.longest = self.longest, self.store.prompt_tokens + self.new_tokens - 1
         try:
@@ -314,7 +312,6 @@ class Session:
                     len(self.batch),
                     self.loaded.device,
                     forget=self._forget,
-                    pool=self._pool,
                 )
         except torch.AcceleratorError as error:
             reason = " ".join(str(error).split())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +37,6 @@ class StepGraph:
         device: torch.device,
         *,
         forget: Callable[[], None],
-        pool: Any,
     ) -> None:
         """Run the step once, so that libraries and workspaces are there, and capture it.
 
@@ -46,7 +45,6 @@ class StepGraph:
             rows: R.
             device: a GPU.
             forget: undoes what a step changes.
-            pool: memory of graphs of which one runs at a time.
         """
         self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
         here = torch.cuda.current_stream(device)
@@ -57,7 +55,7 @@ class StepGraph:
         here.wait_stream(beside)
         forget()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.stepped = step(self.tokens)
         forget()
 

@@ -11,8 +11,32 @@ struct DigitRoom {
   static constexpr int DIGITS = 1 << BITS, THREADS = DIGITS / 2;
   int histogram[DIGITS];
   uint64_t scan[33];
+  uint32_t range[64];
   int digit, wanted;
 };
+
+/// Make the lowest key that is there 1, and return how many bits the highest then has.
+///
+/// Digits are counted in one place each, so their leading bits must not be the same for all, as
+/// those of floating-point numbers of one size are. A thread sees its own keys, `blockDim` apart.
+template <int BITS>
+__device__ int spread_keys(uint32_t* keys, int count, DigitRoom<BITS>& room) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  uint32_t lowest = UINT32_MAX, highest = 0;
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    if (keys[i]) lowest = min(lowest, keys[i]), highest = max(highest, keys[i]);
+  }
+  lowest = __reduce_min_sync(ALL_LANES, lowest);
+  highest = __reduce_max_sync(ALL_LANES, highest);
+  if (lane == 0) room.range[warp] = lowest, room.range[32 + warp] = highest;
+  __syncthreads();
+  lowest = __reduce_min_sync(ALL_LANES, lane < warps ? room.range[lane] : UINT32_MAX);
+  highest = __reduce_max_sync(ALL_LANES, lane < warps ? room.range[32 + lane] : 0u);
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    if (keys[i]) keys[i] -= lowest - 1;
+  }
+  return 32 - __clz(highest - lowest + 1);
+}
 
 /// Of the keys that share `prefix` above `shift + bits`, find the digit of the `wanted`-th highest,
 /// and take from `wanted` how many have a higher one. Keys of 0 are not there.
@@ -47,14 +71,14 @@ __device__ uint32_t find_digit(const uint32_t* keys, int count, uint32_t prefix,
 
 /// Write the places of the `wanted` highest keys, ascending; of equal keys those in front.
 ///
-/// Keys are below 2^key_bits and 0 where there is none; at least `wanted` (1 or more) are there.
-/// Digits are quick to count where the keys are spread: many equal ones queue up in one place.
+/// Keys are 0 where there is none; at least `wanted` (1 or more) are there, each written by the
+/// thread that `spread_keys` says. They are changed.
 template <int BITS>
-__device__ void write_highest(const uint32_t* keys, int count, int key_bits, int wanted, int* out,
+__device__ void write_highest(uint32_t* keys, int count, int wanted, int* out,
                               DigitRoom<BITS>& room) {
   int ties_wanted = wanted;
   uint32_t cut = 0;
-  for (int left = key_bits; left > 0;) {
+  for (int left = spread_keys(keys, count, room); left > 0;) {
     const int bits = min(left, BITS);
     left -= bits;
     cut = cut << bits | find_digit(keys, count, cut, left, bits, ties_wanted, room);
