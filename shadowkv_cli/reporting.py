@@ -11,6 +11,8 @@ from shadowkv_cli.averages import SUITES, averages_as_rows, averages_table, name
 from shadowkv_cli.console import print_json
 from shadowkv_cli.findings import finding
 from shadowkv_cli.frontier import join_sweep
+from shadowkv_cli.length_averages import SUITE as RULER
+from shadowkv_cli.length_averages import length_summaries, summaries_as_rows, summaries_table
 from shadowkv_cli.results import SUMMARY, read_run
 from shadowkv_cli.rowlog import Row
 from shadowkv_cli.summary import (
@@ -21,22 +23,29 @@ from shadowkv_cli.summary import (
     write_summary_csv,
 )
 from shadowkv_cli.tables import Table, frontier_table, tables
+from shadowkv_cli.tasks.ruler.definitions import definitions
 
 
 def more_of_the_scores(
     suite: str, scores: Sequence[ScoreRecord], rows: Sequence[Row]
 ) -> tuple[dict[str, Any], list[Table]]:
-    """What stands beside the scores: LongBench's named averages, and where methods were active.
+    """What stands beside the scores: RULER's and LongBench's averages, where methods were active.
 
-    Activity is shown for LongBench, whose prompts are often short, and wherever a method was not
-    active for some sample. Returns the same as fields for JSON and as tables.
+    RULER's table over lengths needs several of them. Activity is shown for LongBench, whose
+    prompts are often short, and wherever a method was not active for some sample. Returns the same
+    as fields for JSON and as tables.
     """
     averages, activity = named_averages(suite, scores, rows), activity_of(rows, scores)
     fields = {
         "averages": averages_as_rows(averages),
         "activity": activity_as_rows(activity),
     }
+    lengths = length_summaries(scores, rows) if suite == RULER and scores else []
+    if lengths:
+        fields["lengths"] = summaries_as_rows(lengths)
     shown = [averages_table(averages)] if averages else []
+    if len({n for one in lengths for n in one.by_length}) > 1:
+        shown.append(summaries_table(lengths, all_tasks=len(definitions())))
     if activity and (suite in SUITES or any(a.active < a.n for a in activity)):
         shown.append(activity_table(activity))
     return fields, shown
