@@ -72,6 +72,19 @@ def ruler(
         Path | None,
         typer.Option(metavar="FILE", help="HotpotQA's hotpot_dev_distractor_v1.json."),
     ] = None,
+    english_words: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="RULER's json/english_words.json: cwe of --fit official from 128k."
+        ),
+    ] = None,
+    fit: Annotated[
+        Literal["best", "official"],
+        typer.Option(
+            help="best fills every prompt; official gives NVIDIA main's own rows, byte for byte, "
+            "where the sources are the same."
+        ),
+    ] = "best",
     seed: Annotated[int, typer.Option(metavar="N", help="Determines every row.")] = 42,
     num_workers: Annotated[
         int | None,
@@ -103,6 +116,8 @@ def ruler(
             essays=essays,
             squad=squad,
             hotpotqa=hotpotqa,
+            english_words=english_words,
+            fit=fit,
             seed=seed,
             num_workers=num_workers,
             revision=revision,
@@ -118,7 +133,7 @@ def ruler(
 
 
 def _show_result(output: Path, manifest: dict[str, Any], json: bool) -> None:
-    names = ("rows", "fill", "template", "sources", "synthetic", "note")
+    names = ("dialect", "rows", "fill", "template", "sources", "synthetic", "note")
     if json:
         print_json({"output": str(output), **{name: manifest[name] for name in names}})
         if manifest["note"]:

@@ -42,7 +42,7 @@ class Sample:
         answer_prefix: follows `prompt` directly; the model continues after it.
         references: expected answers.
         metric: a name in `metrics.METRICS`.
-        length: tokens of prompt, answer prefix and `max_new_tokens`.
+        length: tokens of prompt, answer prefix and `max_new_tokens`, without `uncounted_tokens`.
         prompt_tokens: tokens of prompt and answer prefix, special tokens included.
         max_new_tokens: tokens that may be generated.
         context_length: the limit that `length` was fitted to.
@@ -53,6 +53,7 @@ class Sample:
         all_classes: the labels of a classification task.
         context_id: the same for samples that ask about the same context.
         groups: what the sample is also averaged by, such as its difficulty.
+        uncounted_tokens: special tokens in front, which RULER's own fit does not count.
     """
 
     id: str
@@ -73,16 +74,22 @@ class Sample:
     all_classes: list[str] | None = None
     context_id: str | None = None
     groups: list[str] | None = None
+    uncounted_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt or not self.references:
             raise ValueError("prompt and references must not be empty")
-        if self.length != self.prompt_tokens + self.max_new_tokens:
-            raise ValueError("length must be prompt_tokens + max_new_tokens")
+        if self.length + (self.uncounted_tokens or 0) != self.room:
+            raise ValueError("length must be prompt_tokens + max_new_tokens - uncounted_tokens")
         if self.length > self.context_length:
             raise ValueError(f"length {self.length} is above {self.context_length}")
         if not 0 <= self.question_start <= len(self.prompt):
             raise ValueError(f"question_start {self.question_start} lies outside the prompt")
+
+    @property
+    def room(self) -> int:
+        """Tokens that prompt and answer take together."""
+        return self.prompt_tokens + self.max_new_tokens
 
     @property
     def text(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +15,18 @@ from shadowkv_cli.tasks.manifest import continue_manifest
 from shadowkv_cli.tasks.rows import Sample
 from shadowkv_cli.tasks.ruler.definitions import choose_tasks, definitions
 from shadowkv_cli.tasks.ruler.draws import Workbench
-from shadowkv_cli.tasks.ruler.manifest import new_manifest, plan_ruler_rows
+from shadowkv_cli.tasks.ruler.fit import Calibration
+from shadowkv_cli.tasks.ruler.manifest import Fit, new_manifest, plan_ruler_rows
+from shadowkv_cli.tasks.ruler.official.parity import differences
+from shadowkv_cli.tasks.ruler.official.series import Series
 from shadowkv_cli.tasks.ruler.samples import calibrate_task, make_sample
 from shadowkv_cli.tasks.ruler.sentences import available_splitter
-from shadowkv_cli.tasks.ruler.sources import SourceKind, load_sources, source_choice
+from shadowkv_cli.tasks.ruler.sources import (
+    SourceKind,
+    load_english_words,
+    load_sources,
+    source_choice,
+)
 from shadowkv_cli.tasks.ruler.words import wonderwords_version
 from shadowkv_cli.tasks.ruler.workers import Job, TokenizerName, make_samples
 from shadowkv_cli.tasks.tokenization import tokenizer_fingerprint
@@ -44,6 +53,8 @@ class RulerConfig:
         template: a chat template's name; `auto` is the tokenizer's own.
         sources: where essays and questions come from; None is the hub, for `demo` synthetic.
         essays, squad, hotpotqa: local files that win over `sources`.
+        english_words: RULER's json/english_words.json, for long lists of the official fit.
+        fit: `best` fills every prompt; `official` is RULER's own, byte for byte.
         seed: determines every row.
         num_workers: processes; None takes several where there is enough to do.
         revision, trust_remote_code, offline: how the tokenizer is loaded.
@@ -59,6 +70,8 @@ class RulerConfig:
     essays: Path | None = None
     squad: Path | None = None
     hotpotqa: Path | None = None
+    english_words: Path | None = None
+    fit: Fit = "best"
     seed: int = 42
     num_workers: int | None = None
     revision: str | None = None
@@ -79,6 +92,13 @@ class RulerConfig:
                 f"A context length of {max(self.context_lengths)} is above {MAX_CONTEXT}, the "
                 "longest that is built."
             )
+        if self.fit == "official" and self.num_workers not in (None, 1):
+            raise UsageError(
+                "--num-workers has no effect with --fit official: every row of a file follows from "
+                "those before it, so one process makes them."
+            )
+        if self.english_words is not None and self.fit != "official":
+            raise UsageError("--english-words has no effect without --fit official.")
         choose_tasks(self.tasks)
         check_template_name(self.template)
 
@@ -106,11 +126,17 @@ class RulerBuild:
         choice = source_choice(config.source_kind, **files)
         tokenizer: Any = self.tokenizer_name.load()
         sources = load_sources(self.tasks, config.source_kind, offline=config.offline, **files)
+        if config.english_words is not None:
+            load_english_words(sources, config.english_words)
         wrapper = resolve_wrapper(config.template, tokenizer)
         self.bench = Workbench(tokenizer, wrapper, sources, config.seed)
+        official = config.fit == "official"
+        synthetic = choice["haystack"] == "synthetic"
+        splitter = None if synthetic and not official else available_splitter()
         self.manifest = continue_manifest(
             config.output,
             new_manifest(
+                fit=config.fit,
                 seed=config.seed,
                 tokenizer={
                     "name": config.tokenizer,
@@ -120,10 +146,9 @@ class RulerBuild:
                 template=wrapper.to_manifest(),
                 source_choice=choice,
                 sources=sources.manifest,
-                sentence_splitter=(
-                    None if choice["haystack"] == "synthetic" else available_splitter()
-                ),
+                sentence_splitter=splitter,
                 wonderwords=wonderwords_version(),
+                differences=differences(choice, splitter, wrapper) if official else None,
             ),
         )
         plan_ruler_rows(self.manifest, self.tasks, config.context_lengths, config.num_samples)
@@ -135,16 +160,20 @@ class RulerBuild:
                 for task in self.tasks
             ],
         )
-        self.calibrations = {
-            (piece.task, piece.context_length): calibrate_task(
-                self.bench, piece.task, piece.context_length, piece.wanted
-            )
-            for piece in self.pieces
-            if piece.missing
-        }
+        missing = [piece for piece in self.pieces if piece.missing]
+        self.series: dict[tuple[str, int], Series] = {}
+        self.calibrations: dict[tuple[str, int], Calibration] = {}
+        for piece in missing:
+            place = piece.task, piece.context_length
+            if official:
+                self.series[place] = Series(self.bench, *place)
+            else:
+                self.calibrations[place] = calibrate_task(self.bench, *place, piece.wanted)
 
     @cached_property
     def num_workers(self) -> int:
+        if self.config.fit == "official":
+            return 1
         if self.config.num_workers is not None:
             return self.config.num_workers
         tokens = sum(piece.missing * piece.context_length for piece in self.pieces)
@@ -156,6 +185,10 @@ class RulerBuild:
         """What `run` would write, one entry per task and length, from one sample made of each."""
 
         def first(piece: Piece) -> Sample:
+            if self.series:
+                # The second row: the first was made with the search.
+                place = piece.task, piece.context_length
+                return self.series[place].sample(min(1, piece.wanted - 1))
             calibration = self.calibrations[piece.task, piece.context_length]
             return make_sample(self.bench, piece.task, piece.context_length, 0, calibration)
 
@@ -163,16 +196,24 @@ class RulerBuild:
 
     def run(self) -> None:
         """Write the rows that are missing. What is finished stays if this is stopped."""
-        jobs = (
-            Job(piece.task, piece.context_length, index, calibration)
-            for piece in self.pieces
-            if (calibration := self.calibrations.get((piece.task, piece.context_length)))
-            for index in piece.numbers
-        )
-        samples = make_samples(self.bench, self.tokenizer_name, jobs, self.num_workers)
+        samples = self._official_samples() if self.series else self._samples()
         try:
             write_missing(
                 self.config.output, self.manifest, self.pieces, samples, list(definitions())
             )
         finally:
             samples.close()
+
+    def _samples(self) -> Generator[Sample, None, None]:
+        jobs = (
+            Job(piece.task, piece.context_length, index, calibration)
+            for piece in self.pieces
+            if (calibration := self.calibrations.get((piece.task, piece.context_length)))
+            for index in piece.numbers
+        )
+        return make_samples(self.bench, self.tokenizer_name, jobs, self.num_workers)
+
+    def _official_samples(self) -> Generator[Sample, None, None]:
+        for piece in self.pieces:
+            for index in piece.numbers:
+                yield self.series[piece.task, piece.context_length].sample(index)

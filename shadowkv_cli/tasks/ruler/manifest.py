@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from shadowkv_cli.console import SCHEMA_VERSION
 from shadowkv_cli.tasks.manifest import no_rows_yet, plan_rows
 from shadowkv_cli.tasks.ruler.definitions import definitions
+from shadowkv_cli.tasks.ruler.official.parity import describe
 
-DIALECT = "nvidia-main c3f5e3b, per-sample fit"
+Fit = Literal["best", "official"]
+DIALECTS: dict[Fit, str] = {
+    "best": "nvidia-main c3f5e3b, per-sample fit",
+    "official": "nvidia-main c3f5e3b, official fit",
+}
 GENERATOR_VERSION = 1
 DEVIATIONS = (
     "fit: each sample is grown in single units of its task to the largest size that fits, instead "
@@ -25,11 +30,16 @@ DEVIATIONS = (
     "fwe: N grows in steps of 1",
     "qa: the order of documents is drawn per sample, so that the gold document's place varies",
 )
+OFFICIAL_DEVIATIONS = (
+    "index: the row's number, where RULER's needle tasks store the place of the answer",
+    "a sample that cannot fit is an error, where RULER tries forever",
+)
 SYNTHETIC_NOTE = "Synthetic text: not comparable with published RULER."
 
 
 def new_manifest(
     *,
+    fit: Fit,
     seed: int,
     tokenizer: dict[str, Any],
     template: dict[str, str],
@@ -37,13 +47,21 @@ def new_manifest(
     sources: dict[str, dict[str, Any]],
     sentence_splitter: str | None,
     wonderwords: str,
+    differences: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """A manifest of a dataset without rows."""
+    """A manifest of a dataset without rows.
+
+    `differences` are those of the official fit, from what RULER's own rows are made of.
+    """
+    official: dict[str, Any] = {}
+    if differences is not None:
+        official = {"byte_equal_sources": not differences, "not_byte_equal": differences}
     return {
         "schema_version": SCHEMA_VERSION,
         "suite": "ruler",
-        "dialect": DIALECT,
-        "deviations": list(DEVIATIONS),
+        "dialect": DIALECTS[fit],
+        "deviations": list(DEVIATIONS if fit == "best" else OFFICIAL_DEVIATIONS),
+        **official,
         "generator_version": GENERATOR_VERSION,
         "seed": seed,
         "tokenizer": tokenizer,
@@ -66,4 +84,7 @@ def plan_ruler_rows(
     synthetic = any(source["synthetic"] for source in manifest["sources"].values())
     manifest["synthetic"] = synthetic
     manifest["comparable_with_published"] = not synthetic
-    manifest["note"] = SYNTHETIC_NOTE if synthetic else ""
+    notes = [SYNTHETIC_NOTE] if synthetic else []
+    if manifest.get("not_byte_equal"):
+        notes.append(describe(manifest["not_byte_equal"]))
+    manifest["note"] = " ".join(notes)

@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.tasks.ruler.definitions import TaskDefinition, constants
 from shadowkv_cli.tasks.ruler.draws import Draw, Rendered, Workbench
+from shadowkv_cli.tasks.ruler.qa_corpus import QACorpus, QAItem
+
+
+def question(bench: Workbench, task: TaskDefinition, index: int) -> tuple[QACorpus, QAItem]:
+    """A task's corpus and its question `index`. Raises UsageError where there are fewer."""
+    corpus = bench.sources.qa(task.settings["dataset"])
+    if index >= corpus.num_questions:
+        raise UsageError(
+            f"{task.name} has {corpus.num_questions} questions in {corpus.name}: "
+            f"use --num-samples {corpus.num_questions} or less."
+        )
+    return corpus, corpus.item(index)
+
+
+def numbered(documents: Iterable[str]) -> str:
+    """Documents as they stand in the prompt."""
+    form = constants()["document"]
+    return "\n\n".join(form.format(i=i, document=text) for i, text in enumerate(documents, 1))
 
 
 class DocumentsDraw(Draw):
@@ -17,13 +37,7 @@ class DocumentsDraw(Draw):
 
     def __init__(self, bench: Workbench, task: TaskDefinition, context_length: int, index: int):
         super().__init__(bench, task, context_length, index)
-        self.corpus = bench.sources.qa(task.settings["dataset"])
-        if index >= self.corpus.num_questions:
-            raise UsageError(
-                f"{task.name} has {self.corpus.num_questions} questions in {self.corpus.name}: "
-                f"use --num-samples {self.corpus.num_questions} or less."
-            )
-        self.item = self.corpus.item(index)
+        self.corpus, self.item = question(bench, task, index)
         self.min_units = len(self.item.own)
         rng = self.rng("documents")
         self._rng = rng
@@ -47,16 +61,11 @@ class DocumentsDraw(Draw):
     def render(self, units: int) -> Rendered:
         self._extend(units)
         order = sorted(range(units), key=lambda j: self._keys[j])
-        documents = [
-            constants()["document"].format(
-                i=place, document=self.corpus.document(self._documents[j])
-            )
-            for place, j in enumerate(order, start=1)
-        ]
+        documents = (self.corpus.document(self._documents[j]) for j in order)
         prompt, prefix, start = self.bench.render(
             self.task.template,
             self.task.answer_prefix,
-            "\n\n".join(documents),
+            numbered(documents),
             {"query": self.item.question},
         )
         return Rendered(prompt, prefix, list(self.item.answers), start)

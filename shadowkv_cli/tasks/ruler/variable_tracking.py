@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import string
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from shadowkv_cli.tasks.ruler.definitions import TaskDefinition, constants
@@ -39,8 +40,12 @@ class Chain:
 
     def context(self, noise_lines: int, fractions: list[float]) -> str:
         """The statements, in order, among that many lines of noise."""
+        return self.among(noise_lines, distinct_positions(fractions, noise_lines))
+
+    def among(self, noise_lines: int, places: Iterable[int]) -> str:
+        """The same at given places: numbers of the lines before which the statements stand."""
         lines = [constants()["noise"]] * noise_lines
-        places = sorted(distinct_positions(fractions, noise_lines))
+        places = sorted(places)
         for offset, (place, statement) in enumerate(zip(places, self.statements(), strict=True)):
             lines.insert(place + offset, statement)
         return "\n".join(lines).replace(". \n", ".\n")
