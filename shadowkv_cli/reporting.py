@@ -13,6 +13,7 @@ from shadowkv_cli.findings import finding
 from shadowkv_cli.frontier import join_sweep
 from shadowkv_cli.length_averages import SUITE as RULER
 from shadowkv_cli.length_averages import length_summaries, summaries_as_rows, summaries_table
+from shadowkv_cli.paper_rows import paper_comparison
 from shadowkv_cli.results import SUMMARY, read_run
 from shadowkv_cli.rowlog import Row
 from shadowkv_cli.summary import (
@@ -27,13 +28,13 @@ from shadowkv_cli.tasks.ruler.definitions import definitions
 
 
 def more_of_the_scores(
-    suite: str, scores: Sequence[ScoreRecord], rows: Sequence[Row]
+    suite: str, scores: Sequence[ScoreRecord], rows: Sequence[Row], model: str = ""
 ) -> tuple[dict[str, Any], list[Table]]:
     """What stands beside the scores: RULER's and LongBench's averages, where methods were active.
 
-    RULER's table over lengths needs several of them. Activity is shown for LongBench, whose
-    prompts are often short, and wherever a method was not active for some sample. Returns the same
-    as fields for JSON and as tables.
+    RULER's table over lengths needs several of them, the paper's rows one of its models. Activity
+    is shown for LongBench, whose prompts are often short, and wherever a method was not active for
+    some sample. Returns the same as fields for JSON and as tables.
     """
     averages, activity = named_averages(suite, scores, rows), activity_of(rows, scores)
     fields = {
@@ -43,9 +44,14 @@ def more_of_the_scores(
     lengths = length_summaries(scores, rows) if suite == RULER and scores else []
     if lengths:
         fields["lengths"] = summaries_as_rows(lengths)
+    beside = paper_comparison(suite, model, scores)
+    if beside is not None:
+        fields["paper"] = beside[1]
     shown = [averages_table(averages)] if averages else []
     if len({n for one in lengths for n in one.by_length}) > 1:
         shown.append(summaries_table(lengths, all_tasks=len(definitions())))
+    if beside is not None:
+        shown.append(beside[0])
     if activity and (suite in SUITES or any(a.active < a.n for a in activity)):
         shown.append(activity_table(activity))
     return fields, shown
@@ -69,8 +75,9 @@ def report_run(path: Path, *, as_json: bool) -> dict[str, Any]:
         "finding": found,
         "records": records_as_rows([*scores, *speeds]),
     }
-    suite = str(run.manifest["identity"].get("data", ""))
-    more, more_tables = more_of_the_scores(suite, scores, run.predictions)
+    identity = run.manifest["identity"]
+    suite, model = str(identity.get("data", "")), str(identity.get("model", ""))
+    more, more_tables = more_of_the_scores(suite, scores, run.predictions, model)
     payload |= more
     if as_json:
         print_json(payload)

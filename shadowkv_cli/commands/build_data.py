@@ -85,6 +85,13 @@ def ruler(
             "where the sources are the same."
         ),
     ] = "best",
+    dialect: Annotated[
+        Literal["nvidia", "shadowkv"],
+        typer.Option(
+            help="shadowkv: the 11 tasks, wording and metrics of ShadowKV's authors, flaws "
+            "included, to lay beside the paper's Table 1; not comparable with RULER."
+        ),
+    ] = "nvidia",
     seed: Annotated[int, typer.Option(metavar="N", help="Determines every row.")] = 42,
     num_workers: Annotated[
         int | None,
@@ -118,6 +125,7 @@ def ruler(
             hotpotqa=hotpotqa,
             english_words=english_words,
             fit=fit,
+            dialect=dialect,
             seed=seed,
             num_workers=num_workers,
             revision=revision,
@@ -152,6 +160,7 @@ def _show_result(output: Path, manifest: dict[str, Any], json: bool) -> None:
         f"Mean fill: tokens of prompt and answer over the context length. Template: "
         f"{manifest['template']['resolved']}.",
         *([manifest["note"]] if manifest["note"] else []),
+        *(f"Known flaw: {flaw}." for flaw in manifest.get("known_flaws", [])),
         f"Written to {output}",
     ]
     print_table("RULER", ["task", *lengths], rows, notes)

@@ -13,8 +13,8 @@ from shadowkv_cli.catalogue.places import without_hub
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.tasks.manifest import continue_manifest
 from shadowkv_cli.tasks.rows import Sample
-from shadowkv_cli.tasks.ruler.definitions import choose_tasks, definitions
-from shadowkv_cli.tasks.ruler.draws import Workbench
+from shadowkv_cli.tasks.ruler.definitions import NVIDIA, Dialect, choose_tasks, definitions
+from shadowkv_cli.tasks.ruler.draws import Variant, Workbench
 from shadowkv_cli.tasks.ruler.fit import Calibration
 from shadowkv_cli.tasks.ruler.manifest import Fit, new_manifest, plan_ruler_rows
 from shadowkv_cli.tasks.ruler.official.parity import differences
@@ -55,6 +55,7 @@ class RulerConfig:
         essays, squad, hotpotqa: local files that win over `sources`.
         english_words: RULER's json/english_words.json, for long lists of the official fit.
         fit: `best` fills every prompt; `official` is RULER's own, byte for byte.
+        dialect: NVIDIA's wording and metrics, or those of ShadowKV's authors.
         seed: determines every row.
         num_workers: processes; None takes several where there is enough to do.
         revision, trust_remote_code, offline: how the tokenizer is loaded.
@@ -72,6 +73,7 @@ class RulerConfig:
     hotpotqa: Path | None = None
     english_words: Path | None = None
     fit: Fit = "best"
+    dialect: Dialect = NVIDIA
     seed: int = 42
     num_workers: int | None = None
     revision: str | None = None
@@ -97,9 +99,11 @@ class RulerConfig:
                 "--num-workers has no effect with --fit official: every row of a file follows from "
                 "those before it, so one process makes them."
             )
+        if self.fit == "official" and self.dialect != NVIDIA:
+            raise UsageError("--fit official is that of NVIDIA's RULER: leave out --dialect.")
         if self.english_words is not None and self.fit != "official":
             raise UsageError("--english-words has no effect without --fit official.")
-        choose_tasks(self.tasks)
+        choose_tasks(self.tasks, self.dialect)
         check_template_name(self.template)
 
     @property
@@ -118,7 +122,7 @@ class RulerBuild:
         Raises UsageError for a length that cannot hold a task and for a folder with other data.
         """
         self.config = config
-        self.tasks = choose_tasks(config.tasks)
+        self.tasks = choose_tasks(config.tasks, config.dialect)
         self.tokenizer_name = TokenizerName(
             config.tokenizer, config.revision, config.trust_remote_code, config.offline
         )
@@ -129,7 +133,8 @@ class RulerBuild:
         if config.english_words is not None:
             load_english_words(sources, config.english_words)
         wrapper = resolve_wrapper(config.template, tokenizer)
-        self.bench = Workbench(tokenizer, wrapper, sources, config.seed)
+        variant = Variant(config.dialect)
+        self.bench = Workbench(tokenizer, wrapper, sources, config.seed, variant)
         official = config.fit == "official"
         synthetic = choice["haystack"] == "synthetic"
         splitter = None if synthetic and not official else available_splitter()
@@ -137,6 +142,7 @@ class RulerBuild:
             config.output,
             new_manifest(
                 fit=config.fit,
+                dialect=config.dialect,
                 seed=config.seed,
                 tokenizer={
                     "name": config.tokenizer,

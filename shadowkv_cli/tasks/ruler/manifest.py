@@ -7,7 +7,12 @@ from typing import Any, Literal
 
 from shadowkv_cli.console import SCHEMA_VERSION
 from shadowkv_cli.tasks.manifest import no_rows_yet, plan_rows
-from shadowkv_cli.tasks.ruler.definitions import definitions
+from shadowkv_cli.tasks.ruler.definitions import (
+    NVIDIA,
+    Dialect,
+    definitions,
+    shadowkv_constants,
+)
 from shadowkv_cli.tasks.ruler.official.parity import describe
 
 Fit = Literal["best", "official"]
@@ -34,12 +39,23 @@ OFFICIAL_DEVIATIONS = (
     "index: the row's number, where RULER's needle tasks store the place of the answer",
     "a sample that cannot fit is an error, where RULER tries forever",
 )
+SHADOWKV_SUITE = "ruler-shadowkv"
+SHADOWKV_DIALECT = "shadowkv a21f5a9 prompts and metrics, per-sample fit"
+SHADOWKV_DEVIATIONS = (
+    "rows: prompts of the authors' wording, not their rows: their draws and their lengths differ",
+    "vt: between the example and the question stands one empty line; in their copy not checked",
+)
+SHADOWKV_NOTE = (
+    "Prompts and metrics of ShadowKV's authors: not comparable with RULER, and known to be flawed "
+    "(an empty answer to a question scores 1.0)."
+)
 SYNTHETIC_NOTE = "Synthetic text: not comparable with published RULER."
 
 
 def new_manifest(
     *,
     fit: Fit,
+    dialect: Dialect = NVIDIA,
     seed: int,
     tokenizer: dict[str, Any],
     template: dict[str, str],
@@ -56,11 +72,16 @@ def new_manifest(
     official: dict[str, Any] = {}
     if differences is not None:
         official = {"byte_equal_sources": not differences, "not_byte_equal": differences}
+    name = DIALECTS[fit]
+    deviations: tuple[str, ...] = DEVIATIONS if fit == "best" else OFFICIAL_DEVIATIONS
+    if dialect == "shadowkv":
+        name, deviations = SHADOWKV_DIALECT, SHADOWKV_DEVIATIONS + DEVIATIONS
+        official["known_flaws"] = shadowkv_constants()["known_flaws"]
     return {
         "schema_version": SCHEMA_VERSION,
-        "suite": "ruler",
-        "dialect": DIALECTS[fit],
-        "deviations": list(DEVIATIONS if fit == "best" else OFFICIAL_DEVIATIONS),
+        "suite": "ruler" if dialect == NVIDIA else SHADOWKV_SUITE,
+        "dialect": name,
+        "deviations": list(deviations),
         **official,
         "generator_version": GENERATOR_VERSION,
         "seed": seed,
@@ -79,12 +100,14 @@ def plan_ruler_rows(
 ) -> None:
     """Enter the rows that are going to be written; what is planned already only grows."""
     counts = dict.fromkeys(tasks, num_samples)
+    shadowkv = manifest["suite"] == SHADOWKV_SUITE
     for length in context_lengths:
         plan_rows(manifest, length, counts, list(definitions()))
     synthetic = any(source["synthetic"] for source in manifest["sources"].values())
     manifest["synthetic"] = synthetic
-    manifest["comparable_with_published"] = not synthetic
-    notes = [SYNTHETIC_NOTE] if synthetic else []
+    manifest["comparable_with_published"] = not synthetic and not shadowkv
+    notes = [SHADOWKV_NOTE] if shadowkv else []
+    notes += [SYNTHETIC_NOTE] if synthetic else []
     if manifest.get("not_byte_equal"):
         notes.append(describe(manifest["not_byte_equal"]))
     manifest["note"] = " ".join(notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from shadowkv_cli.tasks.ruler.definitions import TaskDefinition, constants
 from shadowkv_cli.tasks.ruler.draws import Draw, Rendered, Workbench, distinct_positions
@@ -39,11 +40,19 @@ def join_queries(queries: Sequence[str]) -> str:
 def fill_needles(
     bench: Workbench, task: TaskDefinition, context: str, query: str
 ) -> tuple[str, str, int]:
-    """The finished prompt around a context: (prompt, answer prefix, question start)."""
+    """The finished prompt around a context: (prompt, answer prefix, question start).
+
+    In the dialect of ShadowKV's authors the rewrite reaches the chat template ("You is").
+    """
     template, prefix, kind = task.template, task.answer_prefix, task.settings["value_type"]
+    wrapper = bench.wrapper
     if task.settings["queries"] * task.settings["values"] == 1:
         template, prefix, kind = singular(template), singular(prefix), kind[:-1]
-    return bench.render(template, prefix, context, {"type_needle_v": kind, "query": query})
+        if bench.variant.dialect == "shadowkv":
+            before, after = singular(wrapper.before), singular(wrapper.after)
+            wrapper = replace(wrapper, before=before, after=after)
+    fields = {"type_needle_v": kind, "query": query}
+    return bench.render(template, prefix, context, fields, wrapper=wrapper)
 
 
 class NeedleDraw(Draw):

@@ -11,6 +11,7 @@ from shadowkv_cli.tasks.ruler.fit import Calibration, DoesNotFit, calibrate, che
 from shadowkv_cli.tasks.ruler.frequent_words import FrequentWordsDraw
 from shadowkv_cli.tasks.ruler.niah import NeedleDraw
 from shadowkv_cli.tasks.ruler.qa import DocumentsDraw
+from shadowkv_cli.tasks.ruler.shadowkv_chain import ShadowkvChainDraw
 from shadowkv_cli.tasks.ruler.variable_tracking import ChainDraw
 
 FAMILIES: dict[str, type[Draw]] = {
@@ -28,8 +29,11 @@ ROOMY = 8
 
 def make_draw(bench: Workbench, task: str, context_length: int, index: int) -> Draw:
     """Draw sample `index` of a task; it depends on seed, task, length and index only."""
-    definition = definitions()[task]
-    return FAMILIES[definition.family](bench, definition, context_length, index)
+    definition = definitions(bench.variant.dialect)[task]
+    family = FAMILIES[definition.family]
+    if bench.variant.dialect == "shadowkv" and family is ChainDraw:
+        family = ShadowkvChainDraw
+    return family(bench, definition, context_length, index)
 
 
 def prompt_limit(task: str, context_length: int) -> int:
@@ -60,7 +64,7 @@ def make_sample(
     bench: Workbench, task: str, context_length: int, index: int, calibration: Calibration
 ) -> Sample:
     """Make one row. Raises UsageError for a length that cannot hold the sample."""
-    definition = definitions()[task]
+    definition = definitions(bench.variant.dialect)[task]
     try:
         draw = make_draw(bench, task, context_length, index)
         fitted = fit(draw, prompt_limit(task, context_length), calibration)
@@ -92,7 +96,7 @@ def finished(
         context_length=context_length,
         question_start=rendered.question_start,
         depths=rendered.depths,
-        postprocess="ruler",
+        postprocess="ruler" if task.metric.startswith("string_match") else None,
         uncounted_tokens=uncounted_tokens or None,
     )
 

@@ -61,8 +61,19 @@ class ChainDraw(Draw):
         rng = self.rng("chain")
         self.chain = Chain.draw(rng, count, letters=5)
         self._fractions = [rng.random() for _ in range(count)]
-        self.example = self._example(Chain.draw(self.rng("example"), count, letters=3))
+        self.example = self._example(Chain.draw(self._example_rng(), count, letters=3))
         self.min_units = count + 1
+
+    def _example_rng(self) -> random.Random:
+        """What the names and the value of the example are drawn from."""
+        return self.rng("example")
+
+    def _context(self, chain: Chain, noise_lines: int, fractions: list[float]) -> str:
+        return chain.context(noise_lines, fractions)
+
+    def _example_text(self) -> str:
+        """The task's text around the example's context, with its answer prefix."""
+        return self.task.template + self.task.answer_prefix
 
     def _fields(self, chain: Chain) -> dict[str, str]:
         return {"query": chain.value, "num_v": str(len(chain.names))}
@@ -76,9 +87,8 @@ class ChainDraw(Draw):
 
     def _example_question(self, chain: Chain, noise_lines: int) -> str:
         rng = self.bench.fixed_order()
-        context = chain.context(noise_lines, [rng.random() for _ in chain.names])
-        text = self.task.template + self.task.answer_prefix
-        return text.format(context=context, **self._fields(chain))
+        context = self._context(chain, noise_lines, [rng.random() for _ in chain.names])
+        return self._example_text().format(context=context, **self._fields(chain))
 
     def _longest_example(self) -> int:
         """Lines of noise in the example: RULER's search in steps of 5, with placeholder names."""
@@ -95,7 +105,7 @@ class ChainDraw(Draw):
         prompt, prefix, start = self.bench.render(
             self.task.template,
             self.task.answer_prefix,
-            self.chain.context(units, self._fractions),
+            self._context(self.chain, units, self._fractions),
             self._fields(self.chain),
             example=self.example,
         )
