@@ -13,10 +13,11 @@ from shadowkv_cli.catalogue.places import without_hub
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.tasks.manifest import continue_manifest
 from shadowkv_cli.tasks.rows import Sample
-from shadowkv_cli.tasks.ruler.definitions import NVIDIA, Dialect, choose_tasks, definitions
+from shadowkv_cli.tasks.ruler.definitions import GRID, NVIDIA, Dialect, choose_tasks, definitions
 from shadowkv_cli.tasks.ruler.draws import Variant, Workbench
 from shadowkv_cli.tasks.ruler.fit import Calibration
 from shadowkv_cli.tasks.ruler.manifest import Fit, new_manifest, plan_ruler_rows
+from shadowkv_cli.tasks.ruler.needle_grid import grid_depths
 from shadowkv_cli.tasks.ruler.official.parity import differences
 from shadowkv_cli.tasks.ruler.official.series import Series
 from shadowkv_cli.tasks.ruler.samples import calibrate_task, make_sample
@@ -36,6 +37,7 @@ from shadowkv_cli.tasks.writing import Piece, forecast, read_pieces, write_missi
 TOKENS_WORTH_WORKERS = 5_000_000
 """Below this many tokens one process is done before others have started."""
 MAX_AUTO_WORKERS = 8
+MAX_DEPTHS = 101
 MAX_CONTEXT = 16 * 1024**2
 """Tokens; a prompt is made in memory."""
 
@@ -47,7 +49,7 @@ class RulerConfig:
     Attributes:
         tokenizer: hub name, folder, or `demo`.
         context_lengths: tokens of prompt and answer, one folder each.
-        num_samples: per task and length.
+        num_samples: per task and length; of a grid, per depth and length.
         output: folder of the dataset.
         tasks: names; None for all 13.
         template: a chat template's name; `auto` is the tokenizer's own.
@@ -55,7 +57,8 @@ class RulerConfig:
         essays, squad, hotpotqa: local files that win over `sources`.
         english_words: RULER's json/english_words.json, for long lists of the official fit.
         fit: `best` fills every prompt; `official` is RULER's own, byte for byte.
-        dialect: NVIDIA's wording and metrics, or those of ShadowKV's authors.
+        dialect: NVIDIA's wording and metrics, those of ShadowKV's authors, or a grid of needles.
+        depths: how many depths a grid has, from 0 to 100 percent.
         seed: determines every row.
         num_workers: processes; None takes several where there is enough to do.
         revision, trust_remote_code, offline: how the tokenizer is loaded.
@@ -74,6 +77,7 @@ class RulerConfig:
     english_words: Path | None = None
     fit: Fit = "best"
     dialect: Dialect = NVIDIA
+    depths: int = 0
     seed: int = 42
     num_workers: int | None = None
     revision: str | None = None
@@ -85,6 +89,8 @@ class RulerConfig:
             raise UsageError("No context length: give one with --context-length, such as 4k.")
         if self.num_samples < 1:
             raise UsageError(f"--num-samples must be at least 1, not {self.num_samples}.")
+        if self.dialect == GRID and not 2 <= self.depths <= MAX_DEPTHS:
+            raise UsageError(f"--depths must be from 2 to {MAX_DEPTHS}, not {self.depths}.")
         if self.num_workers is not None and self.num_workers < 1:
             raise UsageError(f"--num-workers must be at least 1, not {self.num_workers}.")
         if self.output.exists() and not self.output.is_dir():
@@ -133,7 +139,7 @@ class RulerBuild:
         if config.english_words is not None:
             load_english_words(sources, config.english_words)
         wrapper = resolve_wrapper(config.template, tokenizer)
-        variant = Variant(config.dialect)
+        variant = Variant(config.dialect, config.depths)
         self.bench = Workbench(tokenizer, wrapper, sources, config.seed, variant)
         official = config.fit == "official"
         synthetic = choice["haystack"] == "synthetic"
@@ -154,14 +160,16 @@ class RulerBuild:
                 sources=sources.manifest,
                 sentence_splitter=splitter,
                 wonderwords=wonderwords_version(),
+                depths=grid_depths(config.depths) if config.dialect == GRID else None,
                 differences=differences(choice, splitter, wrapper) if official else None,
             ),
         )
-        plan_ruler_rows(self.manifest, self.tasks, config.context_lengths, config.num_samples)
+        num_rows = config.num_samples * max(config.depths, 1)
+        plan_ruler_rows(self.manifest, self.tasks, config.context_lengths, num_rows)
         self.pieces = read_pieces(
             config.output,
             [
-                (task, length, config.num_samples)
+                (task, length, num_rows)
                 for length in sorted(config.context_lengths)
                 for task in self.tasks
             ],
@@ -205,7 +213,11 @@ class RulerBuild:
         samples = self._official_samples() if self.series else self._samples()
         try:
             write_missing(
-                self.config.output, self.manifest, self.pieces, samples, list(definitions())
+                self.config.output,
+                self.manifest,
+                self.pieces,
+                samples,
+                list(definitions(self.config.dialect)),
             )
         finally:
             samples.close()

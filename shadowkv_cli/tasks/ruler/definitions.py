@@ -1,6 +1,7 @@
 """The tasks as data: configuration, templates and constants, read from tasks.yaml.
 
-The dialect of ShadowKV's authors has 11 of the 13, with other metrics and a few other words.
+The dialect of ShadowKV's authors has 11 of the 13, with other metrics and a few other words; the
+grid of needles is one task of its own.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import Any, Literal
 from shadowkv_cli.errors import unknown_name
 from shadowkv_cli.tasks.package_data import read_yaml
 
-Dialect = Literal["nvidia", "shadowkv"]
+Dialect = Literal["nvidia", "shadowkv", "grid"]
 NVIDIA: Dialect = "nvidia"
+GRID: Dialect = "grid"
+GRID_TASK = "niah_grid"
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,15 @@ def shadowkv_constants() -> dict[str, Any]:
 @cache
 def definitions(dialect: Dialect = NVIDIA) -> dict[str, TaskDefinition]:
     """All tasks of a dialect by name, in RULER's order."""
+    if dialect == GRID:
+        single = replace(_nvidia()["niah_single_2"], name=GRID_TASK, family="needle_grid")
+        return {GRID_TASK: single}
     return _nvidia() if dialect == NVIDIA else _shadowkv()
+
+
+def sizes_of(task: str) -> TaskDefinition:
+    """A task by name alone, where the wording does not matter: for its lengths and sources."""
+    return definitions()[task] if task in definitions() else definitions(GRID)[task]
 
 
 def _shadowkv() -> dict[str, TaskDefinition]:

@@ -32,9 +32,15 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Variant:
-    """What else determines the rows of a dataset: whose wording and metrics they have."""
+    """What else determines the rows of a dataset.
+
+    Attributes:
+        dialect: whose wording and metrics they have.
+        depths: how many depths a grid has.
+    """
 
     dialect: Dialect = NVIDIA
+    depths: int = 0
 
 
 class Workbench:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from shadowkv_cli.console import SCHEMA_VERSION
 from shadowkv_cli.tasks.manifest import no_rows_yet, plan_rows
 from shadowkv_cli.tasks.ruler.definitions import (
+    GRID,
     NVIDIA,
     Dialect,
     definitions,
@@ -40,6 +41,10 @@ OFFICIAL_DEVIATIONS = (
     "a sample that cannot fit is an error, where RULER tries forever",
 )
 SHADOWKV_SUITE = "ruler-shadowkv"
+GRID_SUITE = "niah-grid"
+SUITES: dict[Dialect, str] = {"nvidia": "ruler", "shadowkv": SHADOWKV_SUITE, "grid": GRID_SUITE}
+GRID_DIALECT = "grid of needles in the wording of nvidia-main c3f5e3b, per-sample fit"
+GRID_DEVIATIONS = ("no task of RULER's: niah_single_2 at evenly spaced depths instead of random",)
 SHADOWKV_DIALECT = "shadowkv a21f5a9 prompts and metrics, per-sample fit"
 SHADOWKV_DEVIATIONS = (
     "rows: prompts of the authors' wording, not their rows: their draws and their lengths differ",
@@ -63,11 +68,13 @@ def new_manifest(
     sources: dict[str, dict[str, Any]],
     sentence_splitter: str | None,
     wonderwords: str,
+    depths: list[float] | None = None,
     differences: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """A manifest of a dataset without rows.
 
-    `differences` are those of the official fit, from what RULER's own rows are made of.
+    `differences` are those of the official fit, from what RULER's own rows are made of; `depths`
+    those of a grid, in percent.
     """
     official: dict[str, Any] = {}
     if differences is not None:
@@ -77,9 +84,12 @@ def new_manifest(
     if dialect == "shadowkv":
         name, deviations = SHADOWKV_DIALECT, SHADOWKV_DEVIATIONS + DEVIATIONS
         official["known_flaws"] = shadowkv_constants()["known_flaws"]
+    if dialect == GRID:
+        name, deviations = GRID_DIALECT, GRID_DEVIATIONS
+        official["depths"] = depths
     return {
         "schema_version": SCHEMA_VERSION,
-        "suite": "ruler" if dialect == NVIDIA else SHADOWKV_SUITE,
+        "suite": SUITES[dialect],
         "dialect": name,
         "deviations": list(deviations),
         **official,
@@ -100,13 +110,14 @@ def plan_ruler_rows(
 ) -> None:
     """Enter the rows that are going to be written; what is planned already only grows."""
     counts = dict.fromkeys(tasks, num_samples)
-    shadowkv = manifest["suite"] == SHADOWKV_SUITE
+    suite = manifest["suite"]
+    order = list(definitions(GRID) if suite == GRID_SUITE else definitions())
     for length in context_lengths:
-        plan_rows(manifest, length, counts, list(definitions()))
+        plan_rows(manifest, length, counts, order)
     synthetic = any(source["synthetic"] for source in manifest["sources"].values())
     manifest["synthetic"] = synthetic
-    manifest["comparable_with_published"] = not synthetic and not shadowkv
-    notes = [SHADOWKV_NOTE] if shadowkv else []
+    manifest["comparable_with_published"] = not synthetic and suite == SUITES[NVIDIA]
+    notes = [SHADOWKV_NOTE] if suite == SHADOWKV_SUITE else []
     notes += [SYNTHETIC_NOTE] if synthetic else []
     if manifest.get("not_byte_equal"):
         notes.append(describe(manifest["not_byte_equal"]))

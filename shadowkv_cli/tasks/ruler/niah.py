@@ -81,7 +81,7 @@ class NeedleDraw(Draw):
         self.references = [value for k in asked for value in values[k]]
         self.query = join_queries([keys[k] for k in asked])
         places = self.rng("places")
-        self._depths = sorted(places.sample(DEPTHS, len(needles)))
+        self._depths: list[float] = sorted(places.sample(DEPTHS, len(needles)))
         self._fractions = [places.random() for _ in needles]
         self._lines: list[str] = []
         self._line_rng = self.rng("lines")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.tasks.rows import Sample
 from shadowkv_cli.tasks.ruler.common_words import CommonWordsDraw
-from shadowkv_cli.tasks.ruler.definitions import TaskDefinition, definitions
+from shadowkv_cli.tasks.ruler.definitions import TaskDefinition, definitions, sizes_of
 from shadowkv_cli.tasks.ruler.draws import Draw, Rendered, Workbench
 from shadowkv_cli.tasks.ruler.fit import Calibration, DoesNotFit, calibrate, check_smallest, fit
 from shadowkv_cli.tasks.ruler.frequent_words import FrequentWordsDraw
+from shadowkv_cli.tasks.ruler.needle_grid import GridDraw
 from shadowkv_cli.tasks.ruler.niah import NeedleDraw
 from shadowkv_cli.tasks.ruler.qa import DocumentsDraw
 from shadowkv_cli.tasks.ruler.shadowkv_chain import ShadowkvChainDraw
@@ -16,6 +17,7 @@ from shadowkv_cli.tasks.ruler.variable_tracking import ChainDraw
 
 FAMILIES: dict[str, type[Draw]] = {
     "niah": NeedleDraw,
+    "needle_grid": GridDraw,
     "variable_tracking": ChainDraw,
     "common_words": CommonWordsDraw,
     "frequent_words": FrequentWordsDraw,
@@ -38,7 +40,7 @@ def make_draw(bench: Workbench, task: str, context_length: int, index: int) -> D
 
 def prompt_limit(task: str, context_length: int) -> int:
     """Tokens left for the prompt."""
-    return context_length - definitions()[task].max_new_tokens
+    return context_length - sizes_of(task).max_new_tokens
 
 
 def calibrate_task(
@@ -103,7 +105,7 @@ def finished(
 
 def too_short(task: str, context_length: int, index: int, error: DoesNotFit) -> UsageError:
     """The error for a length that cannot hold a sample."""
-    needed = error.tokens + definitions()[task].max_new_tokens
+    needed = error.tokens + sizes_of(task).max_new_tokens
     return UsageError(
         f"A context length of {context_length} cannot hold sample {index} of {task}, which needs "
         f"{needed} tokens at the least: use a longer one, or leave the task out with --tasks."

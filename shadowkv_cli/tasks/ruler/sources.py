@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from shadowkv_cli.errors import ShadowKVError, UsageError
 from shadowkv_cli.tasks.hub import hub_access
-from shadowkv_cli.tasks.ruler.definitions import definitions
+from shadowkv_cli.tasks.ruler.definitions import sizes_of
 from shadowkv_cli.tasks.ruler.essay import Essay
 from shadowkv_cli.tasks.ruler.qa_corpus import (
     LoadedQA,
@@ -78,7 +78,7 @@ def needed_sources(tasks: Iterable[str]) -> set[str]:
     """Which of `essay`, `squad` and `hotpotqa` the tasks read."""
     needed = set()
     for name in tasks:
-        settings = definitions()[name].settings
+        settings = sizes_of(name).settings
         if settings.get("haystack") == "essay":
             needed.add("essay")
         if "dataset" in settings:
