@@ -189,6 +189,8 @@ class Answerer:
             "host_bytes": held.host,
             "depth": depths[0] if len(depths) == 1 else None,
             "groups": sample.groups,
+            "gold_documents": sample.gold_documents,
+            "num_documents": sample.num_documents,
             "tokenizer_mismatch": self.tokenizer_mismatch,
             "error": None,
         }

@@ -121,6 +121,14 @@ def ruler(
             "included, to lay beside the paper's Table 1; not comparable with RULER."
         ),
     ] = "nvidia",
+    shuffle_gold: Annotated[
+        bool,
+        typer.Option(
+            "--shuffle-gold",
+            help="qa: spread the documents with the answers evenly over the prompts; RULER has "
+            "them at one place.",
+        ),
+    ] = False,
 ) -> None:
     """Build RULER prompts that fill their context length; continues where it was stopped.
 
@@ -136,6 +144,7 @@ def ruler(
         english_words=english_words,
         fit=fit,
         dialect=dialect,
+        shuffle_gold=shuffle_gold,
     )
 
 

@@ -53,6 +53,8 @@ class Sample:
         all_classes: the labels of a classification task.
         context_id: the same for samples that ask about the same context.
         groups: what the sample is also averaged by, such as its difficulty.
+        gold_documents: numbers, from 1, of the documents that hold the answer.
+        num_documents: how many documents the prompt has.
         uncounted_tokens: special tokens in front, which RULER's own fit does not count.
     """
 
@@ -74,6 +76,8 @@ class Sample:
     all_classes: list[str] | None = None
     context_id: str | None = None
     groups: list[str] | None = None
+    gold_documents: list[int] | None = None
+    num_documents: int | None = None
     uncounted_tokens: int | None = None
 
     def __post_init__(self) -> None:

@@ -59,6 +59,7 @@ class RulerConfig:
         fit: `best` fills every prompt; `official` is RULER's own, byte for byte.
         dialect: NVIDIA's wording and metrics, those of ShadowKV's authors, or a grid of needles.
         depths: how many depths a grid has, from 0 to 100 percent.
+        shuffle_gold: spread the documents with the answers evenly over the prompts.
         seed: determines every row.
         num_workers: processes; None takes several where there is enough to do.
         revision, trust_remote_code, offline: how the tokenizer is loaded.
@@ -78,6 +79,7 @@ class RulerConfig:
     fit: Fit = "best"
     dialect: Dialect = NVIDIA
     depths: int = 0
+    shuffle_gold: bool = False
     seed: int = 42
     num_workers: int | None = None
     revision: str | None = None
@@ -109,7 +111,9 @@ class RulerConfig:
             raise UsageError("--fit official is that of NVIDIA's RULER: leave out --dialect.")
         if self.english_words is not None and self.fit != "official":
             raise UsageError("--english-words has no effect without --fit official.")
-        choose_tasks(self.tasks, self.dialect)
+        tasks = choose_tasks(self.tasks, self.dialect)
+        if self.shuffle_gold and not {"qa_1", "qa_2"} & {*tasks}:
+            raise UsageError("--shuffle-gold has no effect: none of the tasks has documents.")
         check_template_name(self.template)
 
     @property
@@ -139,7 +143,7 @@ class RulerBuild:
         if config.english_words is not None:
             load_english_words(sources, config.english_words)
         wrapper = resolve_wrapper(config.template, tokenizer)
-        variant = Variant(config.dialect, config.depths)
+        variant = Variant(config.dialect, config.depths, config.shuffle_gold)
         self.bench = Workbench(tokenizer, wrapper, sources, config.seed, variant)
         official = config.fit == "official"
         synthetic = choice["haystack"] == "synthetic"
@@ -161,7 +165,12 @@ class RulerBuild:
                 sentence_splitter=splitter,
                 wonderwords=wonderwords_version(),
                 depths=grid_depths(config.depths) if config.dialect == GRID else None,
-                differences=differences(choice, splitter, wrapper) if official else None,
+                shuffle_gold=config.shuffle_gold,
+                differences=(
+                    differences(choice, splitter, wrapper, shuffle_gold=config.shuffle_gold)
+                    if official
+                    else None
+                ),
             ),
         )
         num_rows = config.num_samples * max(config.depths, 1)

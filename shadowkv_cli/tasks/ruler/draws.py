@@ -21,13 +21,15 @@ SMALL_LENGTH = 4096
 
 @dataclass(frozen=True)
 class Rendered:
-    """One sample at one size; the fields are those of a row."""
+    """One sample at one size; the fields are those of a row (see `Sample`)."""
 
     prompt: str
     answer_prefix: str
     references: list[str]
     question_start: int
     depths: list[float] | None = None
+    gold_documents: list[int] | None = None
+    num_documents: int | None = None
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,12 @@ class Variant:
     Attributes:
         dialect: whose wording and metrics they have.
         depths: how many depths a grid has.
+        shuffle_gold: whether the documents with the answer are spread evenly over the prompt.
     """
 
     dialect: Dialect = NVIDIA
     depths: int = 0
+    shuffle_gold: bool = False
 
 
 class Workbench:

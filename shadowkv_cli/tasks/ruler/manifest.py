@@ -69,6 +69,7 @@ def new_manifest(
     sentence_splitter: str | None,
     wonderwords: str,
     depths: list[float] | None = None,
+    shuffle_gold: bool = False,
     differences: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """A manifest of a dataset without rows.
@@ -77,6 +78,8 @@ def new_manifest(
     those of a grid, in percent.
     """
     official: dict[str, Any] = {}
+    if shuffle_gold:
+        official["shuffle_gold"] = True
     if differences is not None:
         official = {"byte_equal_sources": not differences, "not_byte_equal": differences}
     name = DIALECTS[fit]

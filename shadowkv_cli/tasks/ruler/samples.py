@@ -98,6 +98,8 @@ def finished(
         context_length=context_length,
         question_start=rendered.question_start,
         depths=rendered.depths,
+        gold_documents=rendered.gold_documents,
+        num_documents=rendered.num_documents,
         postprocess="ruler" if task.metric.startswith("string_match") else None,
         uncounted_tokens=uncounted_tokens or None,
     )

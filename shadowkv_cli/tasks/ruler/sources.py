@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -199,14 +199,22 @@ def _load_qa(
                     "context": zip(
                         row["context"]["title"], row["context"]["sentences"], strict=True
                     ),
+                    "supporting_facts": zip(*_supporting_facts(row), strict=True),
                 }
                 for row in rows
             ),
         )
-    content = json.dumps([loaded.documents, [item.__dict__ for item in loaded.items]])
+    # Without what a row does not depend on.
+    items = [{k: v for k, v in vars(item).items() if k != "gold"} for item in loaded.items]
+    content = json.dumps([loaded.documents, items])
     digest = hashlib.sha256(content.encode()).hexdigest()
     result.loaded_qa[which] = loaded
     result.manifest[which] = _entry(loaded.name, digest)
+
+
+def _supporting_facts(row: Mapping[str, Any]) -> tuple[list[str], list[int]]:
+    facts = row.get("supporting_facts") or {"title": [], "sent_id": []}
+    return facts["title"], facts["sent_id"]
 
 
 def _entry(name: str, sha256: str, *, synthetic: bool = False) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from shadowkv_cli.tasks.ruler.draws import Rendered
+from shadowkv_cli.tasks.ruler.gold import gold_fractions, moved
 from shadowkv_cli.tasks.ruler.official.search import Generator, NoRoom
-from shadowkv_cli.tasks.ruler.qa import numbered, question
+from shadowkv_cli.tasks.ruler.qa import ask, question
 
 DOCUMENT_STEP = 10
 
@@ -30,10 +31,8 @@ class DocumentsGenerator(Generator):
         else:
             numbers = own + self.stream.random.sample(more, missing)
         self.bench.fixed_order().shuffle(numbers)
-        prompt, prefix, start = self.bench.render(
-            self.task.template,
-            self.task.answer_prefix,
-            numbered(corpus.document(i) for i in numbers),
-            {"query": item.question},
-        )
-        return Rendered(prompt, prefix, list(item.answers), start)
+        if self.bench.variant.shuffle_gold:
+            gold, stream = item.gold_or_own, f"{self.task.name}/{self.context_length}"
+            spread = gold_fractions(self.bench.seed, stream, index, len(gold))
+            numbers = moved(numbers, gold, spread)
+        return ask(self.bench, self.task, corpus, item, numbers)

@@ -14,7 +14,11 @@ SYNTHETIC = "written by this program"
 
 
 def differences(
-    choice: Mapping[str, str], splitter: str | None, wrapper: Wrapper
+    choice: Mapping[str, str],
+    splitter: str | None,
+    wrapper: Wrapper,
+    *,
+    shuffle_gold: bool = False,
 ) -> dict[str, str]:
     """What differs from RULER's sources, by what it touches; {} where nothing is known to.
 
@@ -44,6 +48,8 @@ def differences(
     frame = wrapper.bos + wrapper.before + wrapper.after
     if singular(frame) != frame:
         found["template"] = "RULER rewrites 'are' to 'is' in this chat template; here it stays"
+    if shuffle_gold:
+        found["questions"] = "--shuffle-gold moves the documents with the answers"
     return found
 
 
