@@ -21,6 +21,7 @@ GROWING_FIELDS = frozenset(
         "num_samples",
         "rows",
         "fill",
+        "lost_middle",
         "sources",
         "synthetic",
         "comparable_with_published",
@@ -55,6 +56,7 @@ class Sample:
         groups: what the sample is also averaged by, such as its difficulty.
         gold_documents: numbers, from 1, of the documents that hold the answer.
         num_documents: how many documents the prompt has.
+        middle_tokens_cut: tokens that the middle of the text lost; None if it is whole.
         uncounted_tokens: special tokens in front, which RULER's own fit does not count.
     """
 
@@ -78,6 +80,7 @@ class Sample:
     groups: list[str] | None = None
     gold_documents: list[int] | None = None
     num_documents: int | None = None
+    middle_tokens_cut: int | None = None
     uncounted_tokens: int | None = None
 
     def __post_init__(self) -> None:

@@ -37,17 +37,19 @@ def context_length_for(max_length: int, answer_tokens: int, wrapper_tokens: int)
     return -(-needed // LENGTH_STEP) * LENGTH_STEP
 
 
-def cut_middle(tokenizer: Any, text: str, max_length: int) -> str:
+def cut_middle(tokenizer: Any, text: str, max_length: int) -> tuple[str, int]:
     """The text, or its first and last halves of `max_length` tokens where it has more.
 
-    As pred.py of LongBench does it: special tokens count, there is no mark at the cut.
+    Also returns how many tokens it lost. As pred.py of LongBench does it: special tokens count,
+    there is no mark at the cut.
     """
     ids = encode_prompt(tokenizer, text)
     if len(ids) <= max_length:
-        return text
+        return text, 0
     half = max_length // 2
     parts = (ids[:half], ids[-half:])
-    return "".join(tokenizer.decode(part, skip_special_tokens=True) for part in parts)
+    halves = (tokenizer.decode(part, skip_special_tokens=True) for part in parts)
+    return "".join(halves), len(ids) - 2 * half
 
 
 def make_sample(
@@ -60,7 +62,7 @@ def make_sample(
     context_length: int,
 ) -> Sample:
     """The finished row. Raises UsageError if it does not fit its context length."""
-    text = cut_middle(tokenizer, item.text, max_length)
+    text, lost = cut_middle(tokenizer, item.text, max_length)
     prompt = rules.wrapper.wrap(text)
     tokens = len(encode_prompt(tokenizer, prompt))
     name = f"{rules.name}-{item.number}"
@@ -87,4 +89,5 @@ def make_sample(
         postprocess=rules.postprocess,
         all_classes=item.all_classes,
         groups=item.groups,
+        middle_tokens_cut=lost or None,
     )
