@@ -74,7 +74,11 @@ def choose_samples(config: EvalConfig, dataset: Dataset) -> Work:
 
 def _shortened(sample: Sample, most: int | None) -> Sample:
     """The sample with room for an answer of at most so many tokens."""
-    if most is None or sample.max_new_tokens <= most:
+    if most is None:
+        return sample
+    if sample.second is not None and sample.second.max_new_tokens > most:
+        sample = replace(sample, second=replace(sample.second, max_new_tokens=most))
+    if sample.max_new_tokens <= most:
         return sample
     length = sample.length - sample.max_new_tokens + most
     return replace(sample, max_new_tokens=most, length=length)

@@ -102,8 +102,11 @@ def longbench(
 def longbench_v2(
     options: BuildOptions,
     prompt: Annotated[
-        Literal["0shot", "no-context"],
-        typer.Option(help="With the document, or without it, which shows what is known anyway."),
+        Literal["0shot", "cot", "no-context"],
+        typer.Option(
+            help="With the document; cot: in two calls, the second of which reads each method's "
+            "own first answer; or without the document, which shows what is known anyway."
+        ),
     ] = "0shot",
     max_length: Annotated[
         str,

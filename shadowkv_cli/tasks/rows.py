@@ -31,6 +31,29 @@ GROWING_FIELDS = frozenset(
 """Manifest fields that a later build may extend; all others determine the rows."""
 
 
+ANSWER_MARK = "$COT$"
+"""Stands in the prompt of a second call for what the first one answered."""
+
+
+@dataclass(frozen=True)
+class SecondCall:
+    """A question behind the answer to the first; its own answer is what is scored.
+
+    Attributes:
+        prompt: finished, with `ANSWER_MARK` in place of the first answer.
+        prompt_tokens: tokens of the prompt, the mark included.
+        max_new_tokens: tokens that may be generated.
+    """
+
+    prompt: str
+    prompt_tokens: int
+    max_new_tokens: int
+
+    def text(self, answer: str) -> str:
+        """What the model reads after that answer."""
+        return self.prompt.replace(ANSWER_MARK, answer.strip())
+
+
 @dataclass(frozen=True)
 class Sample:
     """One prompt with its references.
@@ -57,6 +80,7 @@ class Sample:
         gold_documents: numbers, from 1, of the documents that hold the answer.
         num_documents: how many documents the prompt has.
         middle_tokens_cut: tokens that the middle of the text lost; None if it is whole.
+        second: the call that follows the first, of a chain of thought.
         uncounted_tokens: special tokens in front, which RULER's own fit does not count.
     """
 
@@ -81,12 +105,14 @@ class Sample:
     gold_documents: list[int] | None = None
     num_documents: int | None = None
     middle_tokens_cut: int | None = None
+    second: SecondCall | None = None
     uncounted_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt or not self.references:
             raise ValueError("prompt and references must not be empty")
-        if self.length + (self.uncounted_tokens or 0) != self.room:
+        whole = self.prompt_tokens + self.max_new_tokens
+        if self.length + (self.uncounted_tokens or 0) != whole:
             raise ValueError("length must be prompt_tokens + max_new_tokens - uncounted_tokens")
         if self.length > self.context_length:
             raise ValueError(f"length {self.length} is above {self.context_length}")
@@ -95,8 +121,12 @@ class Sample:
 
     @property
     def room(self) -> int:
-        """Tokens that prompt and answer take together."""
-        return self.prompt_tokens + self.max_new_tokens
+        """Tokens that prompt and answer take together, those of a second call if they are more."""
+        first = self.prompt_tokens + self.max_new_tokens
+        if self.second is None:
+            return first
+        again = self.second.prompt_tokens + self.second.max_new_tokens
+        return max(first, again + self.max_new_tokens)
 
     @property
     def text(self) -> str:
@@ -106,6 +136,8 @@ class Sample:
     def to_json(self) -> str:
         """One line without its newline; fields that are None are left out."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if self.second is not None:
+            values["second"] = dataclasses.asdict(self.second)
         return json.dumps({k: v for k, v in values.items() if v is not None}, ensure_ascii=False)
 
     @classmethod
@@ -124,6 +156,8 @@ class Sample:
                 raise ValueError(f"field '{name}' is no {kind.__name__}")
         if not all(isinstance(reference, str) for reference in values["references"]):
             raise ValueError("field 'references' holds something that is no str")
+        if values.get("second") is not None:
+            values["second"] = SecondCall(**values["second"])
         return cls(**{k: v for k, v in values.items() if k in known})
 
 

@@ -167,7 +167,13 @@ class LongBenchBuild:
         rules = self.config.suite.rules(task)
         wrapper = self.wrapper if rules.chat_template else self.base
         return TaskRules(
-            task, rules.metric, rules.max_new_tokens, rules.postprocess, rules.stop, wrapper
+            task,
+            rules.metric,
+            rules.max_new_tokens,
+            rules.postprocess,
+            rules.stop,
+            wrapper,
+            rules.second_max_new_tokens,
         )
 
     def _samples(self, task: str, numbers: range) -> Iterator[Sample]:
