@@ -17,6 +17,7 @@ from shadowkv_cli.tables import Table, format_interval
 from shadowkv_cli.tasks.metrics import replace_control_characters
 
 SUITE = "ruler"
+AVERAGES = ("Avg", "wAvg (inc)", "wAvg (dec)")
 THRESHOLD = 85.6
 """Average of Llama-2-7B at 4K, from which RULER calls a length effective."""
 
@@ -101,10 +102,26 @@ def summaries_as_rows(found: Iterable[LengthSummary]) -> list[dict[str, Any]]:
     return [{name: plain(value) for name, value in vars(one).items()} for one in found]
 
 
+def summaries_for_csv(found: Iterable[LengthSummary]) -> list[Row]:
+    """The averages over several lengths as rows of summary.csv: one per cell and average."""
+    rows: list[Row] = []
+    for one in found:
+        if len(one.by_length) < 2:
+            continue
+        values = (one.average, one.rising, one.falling)
+        for name, value in zip(AVERAGES, values, strict=True):
+            row: Row = {"phase": "lengths", "cell": one.cell, "task": name}
+            if value is not None:
+                row |= {"score": value.estimate, "score_low": value.low, "score_high": value.high}
+                row["n"] = value.n
+            rows.append(row | {"effective_length": one.effective_length, "nulls": one.nulls})
+    return rows
+
+
 def summaries_table(found: Sequence[LengthSummary], *, all_tasks: int) -> Table:
     """Methods by lengths, as RULER's table of models; `all_tasks` is how many RULER has."""
     lengths = sorted({n for one in found for n in one.by_length})
-    columns = ["method", *map(str, lengths), "Avg", "wAvg (inc)", "wAvg (dec)"]
+    columns = ["method", *map(str, lengths), *AVERAGES]
     columns += ["effective length", "nulls"]
     rows = []
     for one in found:

@@ -12,7 +12,12 @@ from shadowkv_cli.console import print_json
 from shadowkv_cli.findings import finding
 from shadowkv_cli.frontier import join_sweep
 from shadowkv_cli.length_averages import SUITE as RULER
-from shadowkv_cli.length_averages import length_summaries, summaries_as_rows, summaries_table
+from shadowkv_cli.length_averages import (
+    length_summaries,
+    summaries_as_rows,
+    summaries_for_csv,
+    summaries_table,
+)
 from shadowkv_cli.paper_rows import paper_comparison
 from shadowkv_cli.results import SUMMARY, read_run
 from shadowkv_cli.rowlog import Row
@@ -64,7 +69,6 @@ def report_run(path: Path, *, as_json: bool) -> dict[str, Any]:
     """
     run = read_run(path)
     scores, speeds = score_records(run.predictions), throughput_records(run.throughput)
-    write_summary_csv(path / SUMMARY, scores, speeds)
     random_weights = run.flag("random_weights")
     found = finding(scores, speeds, random_weights=random_weights)
     payload = {
@@ -79,6 +83,8 @@ def report_run(path: Path, *, as_json: bool) -> dict[str, Any]:
     suite, model = str(identity.get("data", "")), str(identity.get("model", ""))
     more, more_tables = more_of_the_scores(suite, scores, run.predictions, model)
     payload |= more
+    lengths = length_summaries(scores, run.predictions) if suite == RULER and scores else []
+    write_summary_csv(path / SUMMARY, scores, speeds, summaries_for_csv(lengths))
     if as_json:
         print_json(payload)
         return payload

@@ -1,5 +1,6 @@
 """RULER's summary over lengths against sums by hand, and through the command line."""
 
+import csv
 import json
 
 import pytest
@@ -8,6 +9,8 @@ from hypothesis import strategies as st
 
 from shadowkv_cli.cli import run
 from shadowkv_cli.length_averages import length_summaries, summaries_as_rows, summaries_table
+from shadowkv_cli.reporting import report_run
+from shadowkv_cli.results import RunFolder
 from shadowkv_cli.stats import Interval, macro_average
 from shadowkv_cli.summary import score_records
 from shadowkv_cli.tasks.rows import Dataset
@@ -99,6 +102,24 @@ def test_a_method_that_never_answered_is_not_tested():
     assert not shadow.tested
     shown = summaries_table([shadow], all_tasks=1).rows[0]
     assert shown[1:-1] == ["not tested"] * 6
+
+
+def test_summary_csv_has_the_averages_of_several_lengths(tmp_path, capsys):
+    rows = [row(n, "vt", i, float(n == 4096)) for n in (4096, 8192) for i in range(2)]
+    options = {"scope": {}, "environment": {}, "command": [], "flags": {}}
+    identity = {"model": "demo", "data": "ruler"}
+    with RunFolder.open(tmp_path / "r", kind="eval", identity=identity, **options) as folder:
+        folder.append("predictions", rows)
+    report_run(tmp_path / "r", as_json=False)
+    assert "RULER by length" in capsys.readouterr().out
+    with (tmp_path / "r/summary.csv").open(newline="") as lines:
+        own = [r for r in csv.DictReader(lines) if r["phase"] == "lengths"]
+    assert [(r["task"], round(float(r["score"]), 2)) for r in own] == [
+        ("Avg", 50),
+        ("wAvg (inc)", 33.33),
+        ("wAvg (dec)", 66.67),
+    ]
+    assert own[0]["effective_length"] == "4096"
 
 
 def test_score_shows_the_table_where_there_are_several_lengths(tmp_path, capsys):
