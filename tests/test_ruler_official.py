@@ -248,6 +248,7 @@ def test_differences_are_told_by_source():
         (["--context-length", "700"], "A context length of 700 cannot hold sample 0 of vt"),
         (["--fit", "best", "--english-words", "w.json"], "no effect without --fit official"),
         (["--english-words", "nowhere.json"], "Cannot read nowhere.json"),
+        (["--tasks", "qa_2", "--num-samples", "13"], "use --num-samples 12 or less"),
     ],
 )
 def test_what_cannot_be_is_one_line(tmp_path, files, capsys, monkeypatch, options, message):

@@ -189,7 +189,7 @@ class RulerBuild:
         for piece in missing:
             place = piece.task, piece.context_length
             if official:
-                self.series[place] = Series(self.bench, *place)
+                self.series[place] = Series(self.bench, *place, piece.wanted)
             else:
                 self.calibrations[place] = calibrate_task(self.bench, *place, piece.wanted)
 

@@ -11,6 +11,7 @@ from shadowkv_cli.tasks.ruler.official.documents import DocumentsGenerator
 from shadowkv_cli.tasks.ruler.official.needles import NeedleGenerator
 from shadowkv_cli.tasks.ruler.official.search import Generator
 from shadowkv_cli.tasks.ruler.official.words import CommonWordsGenerator, FrequentWordsGenerator
+from shadowkv_cli.tasks.ruler.qa import question
 from shadowkv_cli.tasks.ruler.samples import finished, too_short
 from shadowkv_cli.tasks.tokenization import tokens_in_front
 
@@ -26,10 +27,15 @@ GENERATORS: dict[str, type[Generator]] = {
 class Series:
     """Samples one after the other; those before a row that is asked for are made again."""
 
-    def __init__(self, bench: Workbench, task: str, context_length: int) -> None:
-        """Search the size. Raises UsageError for a length that cannot hold the first sample."""
+    def __init__(self, bench: Workbench, task: str, context_length: int, num_samples: int) -> None:
+        """Search the size of that many samples.
+
+        Raises UsageError for a length that cannot hold the first, and for too few questions.
+        """
         self.bench = bench
         self.task = definitions()[task]
+        if self.task.family == "qa":
+            question(bench, self.task, num_samples - 1)
         self.context_length = context_length
         try:
             self._generator = GENERATORS[self.task.family](bench, self.task, context_length)
