@@ -10,13 +10,15 @@ from shadowkv_cli.config import FullSpec, MethodSpec, SparseSpec
 from shadowkv_cli.errors import ShadowKVError
 from shadowkv_cli.run_config import ModelChoice
 from shadowkv_cli.tasks.metrics import score
-from shadowkv_cli.tasks.rows import Sample
+from shadowkv_cli.tasks.rows import Sample, SecondCall
 from shadowkv_cli.tasks.tokenization import encode_prompt, load_tokenizer
 
 if TYPE_CHECKING:
     from shadowkv_cli.model.loading import LoadedModel
     from shadowkv_cli.model.session import Session
 
+SECOND_STEP = 1024
+"""Prompts of second calls share a session up to the next multiple of so many tokens."""
 Row = dict[str, Any]
 FULL = FullSpec()
 
@@ -133,6 +135,39 @@ class Answerer:
     def _one_pass(
         self, sample: Sample, ids: list[int], specs: Sequence[MethodSpec], number: int
     ) -> list[Row]:
+        """One prefill for all specs, and for each a second of its own where the sample has one."""
+        rows = self._side_by_side(sample, ids, specs, number)
+        if sample.second is None:
+            return rows
+        pairs = zip(rows, specs, strict=True)
+        return [self._second_call(sample, sample.second, row, spec) for row, spec in pairs]
+
+    def _second_call(self, sample: Sample, second: SecondCall, row: Row, spec: MethodSpec) -> Row:
+        """Ask behind a cell's own first answer, and score that; the audit stays the first's."""
+        ids = encode_prompt(self.tokenizer, second.text(row["prediction"]))
+        dense = isinstance(spec, SparseSpec) and spec.is_dense(len(ids))
+        batch = [FULL if dense else spec]
+        session = self._session_for(batch, -(-len(ids) // SECOND_STEP) * SECOND_STEP)
+        session.choose_backend()
+        started = time.perf_counter()
+        first = session.prefill(ids, key=f"{sample.id} {spec.cell}").argmax(-1).expand(1)
+        (answer,) = session.generate(first, [second.max_new_tokens], self.loaded.eos_ids)
+        scored = self._scored(sample, answer)
+        return (
+            row
+            | scored
+            | {
+                "reasoning": row["prediction"],
+                "generated_tokens": row["generated_tokens"] + scored["generated_tokens"],
+                "second_prompt_tokens": len(ids),
+                "second_dense_fallback": dense,
+                "second_s": round(time.perf_counter() - started, 6),
+            }
+        )
+
+    def _side_by_side(
+        self, sample: Sample, ids: list[int], specs: Sequence[MethodSpec], number: int
+    ) -> list[Row]:
         """Prefill once and decode all specs; those that are dense here share one row."""
         active = [spec for spec in specs if not spec.is_dense(len(ids))]
         batch = active if len(active) == len(specs) else [FULL, *active]
@@ -189,6 +224,8 @@ class Answerer:
             "host_bytes": held.host,
             "depth": depths[0] if len(depths) == 1 else None,
             "groups": sample.groups,
+            "gold_documents": sample.gold_documents,
+            "num_documents": sample.num_documents,
             "tokenizer_mismatch": self.tokenizer_mismatch,
             "error": None,
         }

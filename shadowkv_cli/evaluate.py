@@ -44,7 +44,7 @@ class Work:
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt with its answer."""
-        return max(s.length for s in self.samples)
+        return max(s.room for s in self.samples)
 
 
 def choose_samples(config: EvalConfig, dataset: Dataset) -> Work:
@@ -74,9 +74,14 @@ def choose_samples(config: EvalConfig, dataset: Dataset) -> Work:
 
 def _shortened(sample: Sample, most: int | None) -> Sample:
     """The sample with room for an answer of at most so many tokens."""
-    if most is None or sample.max_new_tokens <= most:
+    if most is None:
         return sample
-    return replace(sample, max_new_tokens=most, length=sample.prompt_tokens + most)
+    if sample.second is not None and sample.second.max_new_tokens > most:
+        sample = replace(sample, second=replace(sample.second, max_new_tokens=most))
+    if sample.max_new_tokens <= most:
+        return sample
+    length = sample.length - sample.max_new_tokens + most
+    return replace(sample, max_new_tokens=most, length=length)
 
 
 def find_missing(work: Work, specs: Sequence[MethodSpec], done: Mapping[str, set[str]]) -> None:

@@ -11,6 +11,14 @@ from shadowkv_cli.averages import SUITES, averages_as_rows, averages_table, name
 from shadowkv_cli.console import print_json
 from shadowkv_cli.findings import finding
 from shadowkv_cli.frontier import join_sweep
+from shadowkv_cli.length_averages import SUITE as RULER
+from shadowkv_cli.length_averages import (
+    length_summaries,
+    summaries_as_rows,
+    summaries_for_csv,
+    summaries_table,
+)
+from shadowkv_cli.paper_rows import paper_comparison
 from shadowkv_cli.results import SUMMARY, read_run
 from shadowkv_cli.rowlog import Row
 from shadowkv_cli.summary import (
@@ -21,22 +29,34 @@ from shadowkv_cli.summary import (
     write_summary_csv,
 )
 from shadowkv_cli.tables import Table, frontier_table, tables
+from shadowkv_cli.tasks.ruler.definitions import definitions
 
 
 def more_of_the_scores(
-    suite: str, scores: Sequence[ScoreRecord], rows: Sequence[Row]
+    suite: str, scores: Sequence[ScoreRecord], rows: Sequence[Row], model: str = ""
 ) -> tuple[dict[str, Any], list[Table]]:
-    """What stands beside the scores: LongBench's named averages, and where methods were active.
+    """What stands beside the scores: RULER's and LongBench's averages, where methods were active.
 
-    Activity is shown for LongBench, whose prompts are often short, and wherever a method was not
-    active for some sample. Returns the same as fields for JSON and as tables.
+    RULER's table over lengths needs several of them, the paper's rows one of its models. Activity
+    is shown for LongBench, whose prompts are often short, and wherever a method was not active for
+    some sample. Returns the same as fields for JSON and as tables.
     """
     averages, activity = named_averages(suite, scores, rows), activity_of(rows, scores)
     fields = {
         "averages": averages_as_rows(averages),
         "activity": activity_as_rows(activity),
     }
+    lengths = length_summaries(scores, rows) if suite == RULER and scores else []
+    if lengths:
+        fields["lengths"] = summaries_as_rows(lengths)
+    beside = paper_comparison(suite, model, scores)
+    if beside is not None:
+        fields["paper"] = beside[1]
     shown = [averages_table(averages)] if averages else []
+    if len({n for one in lengths for n in one.by_length}) > 1:
+        shown.append(summaries_table(lengths, all_tasks=len(definitions())))
+    if beside is not None:
+        shown.append(beside[0])
     if activity and (suite in SUITES or any(a.active < a.n for a in activity)):
         shown.append(activity_table(activity))
     return fields, shown
@@ -49,7 +69,6 @@ def report_run(path: Path, *, as_json: bool) -> dict[str, Any]:
     """
     run = read_run(path)
     scores, speeds = score_records(run.predictions), throughput_records(run.throughput)
-    write_summary_csv(path / SUMMARY, scores, speeds)
     random_weights = run.flag("random_weights")
     found = finding(scores, speeds, random_weights=random_weights)
     payload = {
@@ -60,9 +79,12 @@ def report_run(path: Path, *, as_json: bool) -> dict[str, Any]:
         "finding": found,
         "records": records_as_rows([*scores, *speeds]),
     }
-    suite = str(run.manifest["identity"].get("data", ""))
-    more, more_tables = more_of_the_scores(suite, scores, run.predictions)
+    identity = run.manifest["identity"]
+    suite, model = str(identity.get("data", "")), str(identity.get("model", ""))
+    more, more_tables = more_of_the_scores(suite, scores, run.predictions, model)
     payload |= more
+    lengths = length_summaries(scores, run.predictions) if suite == RULER and scores else []
+    write_summary_csv(path / SUMMARY, scores, speeds, summaries_for_csv(lengths))
     if as_json:
         print_json(payload)
         return payload

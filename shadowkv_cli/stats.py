@@ -94,8 +94,10 @@ def mean_interval(
     return Interval(mean, low, high, values.size, confidence)
 
 
-def macro_average(intervals: Sequence[Interval]) -> Interval:
-    """Unweighted mean of independent estimates (tasks, lengths), with its interval.
+def macro_average(
+    intervals: Sequence[Interval], weights: Sequence[float] | None = None
+) -> Interval:
+    """Mean of independent estimates (tasks, lengths), with its interval; unweighted by default.
 
     Each estimate's distance to its own bound stands for its standard error on that side; squares
     are added as for a sum of independent variables: MOVER, Zou, Huang and Zhang 2009
@@ -104,10 +106,12 @@ def macro_average(intervals: Sequence[Interval]) -> Interval:
     """
     if not intervals:
         raise ValueError("there are no intervals to average")
-    k = len(intervals)
-    mean = math.fsum(i.estimate for i in intervals) / k
-    below = math.sqrt(math.fsum((i.estimate - i.low) ** 2 for i in intervals)) / k
-    above = math.sqrt(math.fsum((i.high - i.estimate) ** 2 for i in intervals)) / k
+    weights = [1.0] * len(intervals) if weights is None else weights
+    pairs = list(zip(intervals, weights, strict=True))
+    k = math.fsum(weights)
+    mean = math.fsum(w * i.estimate for i, w in pairs) / k
+    below = math.sqrt(math.fsum((w * (i.estimate - i.low)) ** 2 for i, w in pairs)) / k
+    above = math.sqrt(math.fsum((w * (i.high - i.estimate)) ** 2 for i, w in pairs)) / k
     confidence = min(i.confidence for i in intervals)
     return Interval(mean, mean - below, mean + above, sum(i.n for i in intervals), confidence)
 

@@ -321,7 +321,13 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 
 def write_summary_csv(
-    path: Path, scores: Sequence[ScoreRecord], throughput: Sequence[ThroughputRecord] = ()
+    path: Path,
+    scores: Sequence[ScoreRecord],
+    throughput: Sequence[ThroughputRecord] = (),
+    more: Sequence[Row] = (),
 ) -> None:
-    """Write all records into one flat table; the column `phase` tells them apart."""
-    write_atomic(path, csv_text(records_as_rows([*scores, *throughput])))
+    """Write all records into one flat table; the column `phase` tells them apart.
+
+    `more` are rows of other phases behind them.
+    """
+    write_atomic(path, csv_text([*records_as_rows([*scores, *throughput]), *more]))

@@ -209,10 +209,32 @@ def test_official_lengths_come_to_the_windows_they_were_made_for(official, windo
 def test_a_cut_text_keeps_its_ends():
     tokenizer = load_tokenizer("demo")
     text = " ".join(f"word{i}" for i in range(200))
-    cut = cut_middle(tokenizer, text, 101)
+    cut, lost = cut_middle(tokenizer, text, 101)
     assert cut.startswith("word0 word1")
     assert cut.endswith("word199")
-    assert cut_middle(tokenizer, text, 10_000) == text
+    assert lost == len(encode_prompt(tokenizer, text)) - 100
+    assert cut_middle(tokenizer, text, 10_000) == (text, 0)
+
+
+def test_prompts_that_lost_their_middle_are_counted(source, tmp_path, capsys):
+    options = ("--source", str(source), "--max-length", "500", "--tasks", "qasper,hotpotqa")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert build(whole, *options) == 0
+    assert "lost middle" in capsys.readouterr().out
+    data = Dataset.open(whole)
+    (length,) = data.context_lengths
+    tokenizer = load_tokenizer("demo")
+    rows = {task: data.samples(length, task) for task in data.tasks}
+    counts = {t: sum(s.middle_tokens_cut is not None for s in own) for t, own in rows.items()}
+    assert data.manifest["lost_middle"] == {str(length): counts}
+    assert all(0 < count < 3 for count in counts.values()), counts
+    for sample in rows["qasper"]:
+        text = set_of("qasper").prompt.format(**files.v1_row("qasper", sample.index))
+        excess = len(encode_prompt(tokenizer, text)) - 500
+        assert sample.middle_tokens_cut == (excess if excess > 0 else None)
+    assert build(parts, *options, "--num-samples", "2") == 0
+    assert build(parts, *options, "--tasks", "qasper") == 0
+    assert content(parts) == content(whole), "continued, it counts the same"
 
 
 def test_dry_run_and_json(source, tmp_path, capsys):

@@ -216,6 +216,10 @@ def test_hub_rows_become_the_same_corpora(monkeypatch):
                 "title": [title for title, _ in row["context"]],
                 "sentences": [sentences for _, sentences in row["context"]],
             },
+            "supporting_facts": {
+                "title": [title for title, _ in row["supporting_facts"]],
+                "sent_id": [number for _, number in row["supporting_facts"]],
+            },
         }
         for row in json.loads((DATA / "hotpotqa.json").read_text())
     ]

@@ -1,28 +1,11 @@
-"""shadowkv build-data ruler --tokenizer demo --context-length 4k --output datasets/demo"""
+"""shadowkv build-data ruler|niah|longbench|longbench-v2 …"""
 
 from __future__ import annotations
-
-from pathlib import Path
-from typing import Annotated, Any, Literal
 
 import typer
 
 from shadowkv_cli.commands.build_longbench import longbench, longbench_v2
-from shadowkv_cli.commands.forecast import show_forecast
-from shadowkv_cli.console import notice, print_json, print_table
-from shadowkv_cli.option_groups import check_revision, given_lengths, given_names
-from shadowkv_cli.options import (
-    ConfigOption,
-    DatasetOption,
-    DryRunOption,
-    JsonOption,
-    OfflineOption,
-    TasksOption,
-    TemplateOption,
-    TokenizerOption,
-    TokenizerRevisionOption,
-    TrustOption,
-)
+from shadowkv_cli.commands.build_ruler import niah, ruler
 
 app = typer.Typer()
 
@@ -37,110 +20,7 @@ def build_data(ctx: typer.Context) -> None:
         print(ctx.get_help())
 
 
-@app.command()
-def ruler(
-    tokenizer: TokenizerOption,
-    context_length: Annotated[
-        list[str],
-        typer.Option(
-            "--context-length",
-            metavar="LENGTH[,…]",
-            help="Tokens of prompt and answer, like 4k or 131072; commas or repeats.",
-        ),
-    ],
-    output: DatasetOption,
-    num_samples: Annotated[
-        int, typer.Option(metavar="N", help="Samples per task and length.")
-    ] = 96,
-    tasks: TasksOption = None,
-    template: TemplateOption = "auto",
-    sources: Annotated[
-        Literal["hub", "synthetic"] | None,
-        typer.Option(
-            help="Essays and questions: from the hub, or written by this program without a "
-            "network. Default: hub; synthetic for demo and smollm2."
-        ),
-    ] = None,
-    essays: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Essays as text or as RULER's PaulGrahamEssays.json."),
-    ] = None,
-    squad: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="SQuAD's dev-v2.0.json.")
-    ] = None,
-    hotpotqa: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="HotpotQA's hotpot_dev_distractor_v1.json."),
-    ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Determines every row.")] = 42,
-    num_workers: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Processes; by default several where it pays."),
-    ] = None,
-    revision: TokenizerRevisionOption = None,
-    trust_remote_code: TrustOption = False,
-    offline: OfflineOption = False,
-    dry_run: DryRunOption = False,
-    json: JsonOption = False,
-    config: ConfigOption = None,
-) -> None:
-    """Build RULER prompts that fill their context length; continues where it was stopped.
-
-    Example: shadowkv build-data ruler --tokenizer demo --context-length 4k --output datasets/demo
-    """
-    from shadowkv_cli.tasks.ruler.build import RulerBuild, RulerConfig
-
-    check_revision(tokenizer, revision)
-    build = RulerBuild(
-        RulerConfig(
-            tokenizer=tokenizer,
-            context_lengths=given_lengths(context_length, "--context-length"),
-            num_samples=num_samples,
-            output=output,
-            tasks=None if tasks is None else tuple(given_names(tasks, "--tasks")),
-            template=template,
-            sources=sources,
-            essays=essays,
-            squad=squad,
-            hotpotqa=hotpotqa,
-            seed=seed,
-            num_workers=num_workers,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            offline=offline,
-        )
-    )
-    if dry_run:
-        show_forecast(build.forecast(), build.num_workers, json)
-        return
-    build.run()
-    _show_result(output, build.manifest, json)
-
-
-def _show_result(output: Path, manifest: dict[str, Any], json: bool) -> None:
-    names = ("rows", "fill", "template", "sources", "synthetic", "note")
-    if json:
-        print_json({"output": str(output), **{name: manifest[name] for name in names}})
-        if manifest["note"]:
-            notice(manifest["note"])
-        return
-    lengths = [str(length) for length in manifest["context_lengths"]]
-    rows = []
-    for task in manifest["tasks"]:
-        cells = [task]
-        for length in lengths:
-            fill = manifest["fill"].get(length, {}).get(task)
-            count = manifest["rows"][length].get(task, 0)
-            cells.append("" if fill is None else f"{100 * fill:.2f}% of {count}")
-        rows.append(cells)
-    notes = [
-        f"Mean fill: tokens of prompt and answer over the context length. Template: "
-        f"{manifest['template']['resolved']}.",
-        *([manifest["note"]] if manifest["note"] else []),
-        f"Written to {output}",
-    ]
-    print_table("RULER", ["task", *lengths], rows, notes)
-
-
+app.command("ruler")(ruler)
+app.command("niah")(niah)
 app.command("longbench")(longbench)
 app.command("longbench-v2")(longbench_v2)

@@ -102,8 +102,11 @@ def longbench(
 def longbench_v2(
     options: BuildOptions,
     prompt: Annotated[
-        Literal["0shot", "no-context"],
-        typer.Option(help="With the document, or without it, which shows what is known anyway."),
+        Literal["0shot", "cot", "no-context"],
+        typer.Option(
+            help="With the document; cot: in two calls, the second of which reads each method's "
+            "own first answer; or without the document, which shows what is known anyway."
+        ),
     ] = "0shot",
     max_length: Annotated[
         str,
@@ -156,20 +159,21 @@ def _build(options: BuildOptions, suite: Suite, max_length: str) -> None:
 def _show_result(options: BuildOptions, build: LongBenchBuild) -> None:
     manifest, length = build.manifest, str(build.context_length)
     if options.json:
-        names = ("suite", "rows", "fill", "template", "sources", "note")
+        names = ("suite", "rows", "fill", "lost_middle", "template", "sources", "note")
         print_json({"output": str(options.output), **{name: manifest[name] for name in names}})
         if manifest["note"]:
             notice(manifest["note"])
         return
-    fill = manifest["fill"][length]
+    fill, lost = manifest["fill"][length], manifest["lost_middle"][length]
     rows = [
-        [task, str(count), f"{fill[task] * build.context_length:,.0f}"]
+        [task, str(count), f"{fill[task] * build.context_length:,.0f}", str(lost[task])]
         for task, count in manifest["rows"][length].items()
         if task in fill
     ]
     notes = [
-        f"Mean tokens of prompt and answer. Template: {manifest['template']['resolved']}.",
+        f"Mean tokens of prompt and answer; lost middle: prompts that were longer than "
+        f"{manifest['max_length']} tokens. Template: {manifest['template']['resolved']}.",
         *([manifest["note"]] if manifest["note"] else []),
         f"Written to {options.output}",
     ]
-    print_table(manifest["suite"], ["dataset", "samples", "tokens"], rows, notes)
+    print_table(manifest["suite"], ["dataset", "samples", "tokens", "lost middle"], rows, notes)

@@ -1,4 +1,4 @@
-"""Metrics by name: RULER's, which are recall of substrings (NVIDIA/RULER c3f5e3b), LongBench's."""
+"""Metrics by name: RULER's, which are recall of substrings (NVIDIA/RULER c3f5e3b), and others'."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from shadowkv_cli.errors import unknown_name
 from shadowkv_cli.tasks.longbench import metrics as longbench
 from shadowkv_cli.tasks.longbench.packages import check_packages
 from shadowkv_cli.tasks.rows import Sample
+from shadowkv_cli.tasks.ruler import shadowkv_metrics
 
 Metric = Callable[[str, Sample], float]
 """(prediction after postprocessing, sample) -> score in [0, 1]."""
@@ -82,5 +83,5 @@ def string_match_part(prediction: str, sample: Sample) -> float:
     return float(any(ref.lower() in text for ref in sample.references))
 
 
-METRICS |= longbench.METRICS
+METRICS |= longbench.METRICS | shadowkv_metrics.METRICS
 POSTPROCESS |= longbench.POSTPROCESS

@@ -21,6 +21,7 @@ GROWING_FIELDS = frozenset(
         "num_samples",
         "rows",
         "fill",
+        "lost_middle",
         "sources",
         "synthetic",
         "comparable_with_published",
@@ -28,6 +29,29 @@ GROWING_FIELDS = frozenset(
     }
 )
 """Manifest fields that a later build may extend; all others determine the rows."""
+
+
+ANSWER_MARK = "$COT$"
+"""Stands in the prompt of a second call for what the first one answered."""
+
+
+@dataclass(frozen=True)
+class SecondCall:
+    """A question behind the answer to the first; its own answer is what is scored.
+
+    Attributes:
+        prompt: finished, with `ANSWER_MARK` in place of the first answer.
+        prompt_tokens: tokens of the prompt, the mark included.
+        max_new_tokens: tokens that may be generated.
+    """
+
+    prompt: str
+    prompt_tokens: int
+    max_new_tokens: int
+
+    def text(self, answer: str) -> str:
+        """What the model reads after that answer."""
+        return self.prompt.replace(ANSWER_MARK, answer.strip())
 
 
 @dataclass(frozen=True)
@@ -42,7 +66,7 @@ class Sample:
         answer_prefix: follows `prompt` directly; the model continues after it.
         references: expected answers.
         metric: a name in `metrics.METRICS`.
-        length: tokens of prompt, answer prefix and `max_new_tokens`.
+        length: tokens of prompt, answer prefix and `max_new_tokens`, without `uncounted_tokens`.
         prompt_tokens: tokens of prompt and answer prefix, special tokens included.
         max_new_tokens: tokens that may be generated.
         context_length: the limit that `length` was fitted to.
@@ -53,6 +77,11 @@ class Sample:
         all_classes: the labels of a classification task.
         context_id: the same for samples that ask about the same context.
         groups: what the sample is also averaged by, such as its difficulty.
+        gold_documents: numbers, from 1, of the documents that hold the answer.
+        num_documents: how many documents the prompt has.
+        middle_tokens_cut: tokens that the middle of the text lost; None if it is whole.
+        second: the call that follows the first, of a chain of thought.
+        uncounted_tokens: special tokens in front, which RULER's own fit does not count.
     """
 
     id: str
@@ -73,16 +102,31 @@ class Sample:
     all_classes: list[str] | None = None
     context_id: str | None = None
     groups: list[str] | None = None
+    gold_documents: list[int] | None = None
+    num_documents: int | None = None
+    middle_tokens_cut: int | None = None
+    second: SecondCall | None = None
+    uncounted_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt or not self.references:
             raise ValueError("prompt and references must not be empty")
-        if self.length != self.prompt_tokens + self.max_new_tokens:
-            raise ValueError("length must be prompt_tokens + max_new_tokens")
+        whole = self.prompt_tokens + self.max_new_tokens
+        if self.length + (self.uncounted_tokens or 0) != whole:
+            raise ValueError("length must be prompt_tokens + max_new_tokens - uncounted_tokens")
         if self.length > self.context_length:
             raise ValueError(f"length {self.length} is above {self.context_length}")
         if not 0 <= self.question_start <= len(self.prompt):
             raise ValueError(f"question_start {self.question_start} lies outside the prompt")
+
+    @property
+    def room(self) -> int:
+        """Tokens that prompt and answer take together, those of a second call if they are more."""
+        first = self.prompt_tokens + self.max_new_tokens
+        if self.second is None:
+            return first
+        again = self.second.prompt_tokens + self.second.max_new_tokens
+        return max(first, again + self.max_new_tokens)
 
     @property
     def text(self) -> str:
@@ -92,6 +136,8 @@ class Sample:
     def to_json(self) -> str:
         """One line without its newline; fields that are None are left out."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if self.second is not None:
+            values["second"] = dataclasses.asdict(self.second)
         return json.dumps({k: v for k, v in values.items() if v is not None}, ensure_ascii=False)
 
     @classmethod
@@ -110,6 +156,8 @@ class Sample:
                 raise ValueError(f"field '{name}' is no {kind.__name__}")
         if not all(isinstance(reference, str) for reference in values["references"]):
             raise ValueError("field 'references' holds something that is no str")
+        if values.get("second") is not None:
+            values["second"] = SecondCall(**values["second"])
         return cls(**{k: v for k, v in values.items() if k in known})
 
 

@@ -23,6 +23,8 @@ _PROBES = (
 )
 
 
+_SPECIAL_CHARACTERS = 64
+"""No special token is spelled longer."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -122,6 +124,13 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
 def special_prefix(tokenizer: Any) -> tuple[int, ...]:
     """Ids that the tokenizer puts in front of a text by itself, such as BOS."""
     return _special_prefix(_Identity(tokenizer))
+
+
+def tokens_in_front(tokenizer: Any, text: str) -> int:
+    """How many special tokens `encode_prompt` puts in front of a text."""
+    first = _plain_ids(tokenizer, text[:_SPECIAL_CHARACTERS])[:1]
+    prefix = special_prefix(tokenizer)
+    return 0 if first and first[0] in prefix else len(prefix)
 
 
 def count_plain(tokenizer: Any, texts: Sequence[str]) -> list[int]:

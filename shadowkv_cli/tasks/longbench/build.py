@@ -11,7 +11,12 @@ from typing import Any
 from shadowkv_cli.console import notice, progress
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.tasks.longbench.items import Item
-from shadowkv_cli.tasks.longbench.manifest import new_manifest, set_note
+from shadowkv_cli.tasks.longbench.manifest import (
+    add_lost_middle,
+    count_lost_middle,
+    new_manifest,
+    set_note,
+)
 from shadowkv_cli.tasks.longbench.prompts import TaskRules, context_length_for, make_sample
 from shadowkv_cli.tasks.longbench.source import Source, hub_file
 from shadowkv_cli.tasks.longbench.suites import Suite
@@ -136,6 +141,10 @@ class LongBenchBuild:
             config.output,
             [(task, self.context_length, count) for task, count in counts.items()],
         )
+        self.manifest["lost_middle"].get(str(self.context_length), {}).clear()
+        for task in self.manifest["rows"][str(self.context_length)]:
+            file = config.output / str(self.context_length) / f"{task}.jsonl"
+            add_lost_middle(self.manifest, self.context_length, task, count_lost_middle(file))
 
     def _chosen(self, task: str, items: list[Item]) -> list[int]:
         """Places of the rows that are taken: the first that are long enough."""
@@ -158,14 +167,20 @@ class LongBenchBuild:
         rules = self.config.suite.rules(task)
         wrapper = self.wrapper if rules.chat_template else self.base
         return TaskRules(
-            task, rules.metric, rules.max_new_tokens, rules.postprocess, rules.stop, wrapper
+            task,
+            rules.metric,
+            rules.max_new_tokens,
+            rules.postprocess,
+            rules.stop,
+            wrapper,
+            rules.second_max_new_tokens,
         )
 
     def _samples(self, task: str, numbers: range) -> Iterator[Sample]:
         suite, rules = self.config.suite, self._rules(task)
         items = suite.items(task, self.source.read(suite.file(task)))
         for index in numbers:
-            yield make_sample(
+            sample = make_sample(
                 self.tokenizer,
                 items[self.rows[task][index]],
                 index,
@@ -173,6 +188,9 @@ class LongBenchBuild:
                 max_length=self.config.max_length,
                 context_length=self.context_length,
             )
+            if sample.middle_tokens_cut:
+                add_lost_middle(self.manifest, self.context_length, task, 1)
+            yield sample
 
     def forecast(self) -> list[dict[str, Any]]:
         """What `run` would write, one entry per dataset, from one sample made of each."""

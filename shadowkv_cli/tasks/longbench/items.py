@@ -27,6 +27,7 @@ class Item:
         references: any of them is right.
         all_classes: labels of a classification.
         groups: what it is also averaged by.
+        second_text: the prompt of a second call, with the mark for the first answer.
     """
 
     number: int
@@ -35,6 +36,7 @@ class Item:
     references: list[str]
     all_classes: list[str] | None
     groups: list[str] | None
+    second_text: str | None = None
 
 
 def parse_rows(content: bytes, name: str) -> list[dict[str, Any]]:
@@ -109,8 +111,13 @@ def v1_item(row: Mapping[str, Any], number: int, entry: LongBenchSet, name: str,
     )
 
 
-def v2_item(row: Mapping[str, Any], number: int, prompt: str, name: str) -> Item:
-    """One row of LongBench v2. Raises UsageError for a missing column, or another answer."""
+def v2_item(
+    row: Mapping[str, Any], number: int, prompt: str, name: str, second: str | None = None
+) -> Item:
+    """One row of LongBench v2, `second` the prompt of a second call.
+
+    Raises UsageError for a missing column, or another answer.
+    """
     where = f"{name} row {number + 1}"
     answer = _field(row, "answer", lambda v: isinstance(v, str) and v in tuple(CHOICES), where)
     difficulty = _field(row, "difficulty", lambda v: v in ("easy", "hard"), where)
@@ -122,4 +129,5 @@ def v2_item(row: Mapping[str, Any], number: int, prompt: str, name: str) -> Item
     for mark, field in fields.items():
         value = _text(row, field, where).strip()
         text, tail = text.replace(mark, value), tail.replace(mark, value)
-    return Item(number, text, len(tail), [answer], None, [difficulty, length])
+        second = second.replace(mark, value) if second else None
+    return Item(number, text, len(tail), [answer], None, [difficulty, length], second)

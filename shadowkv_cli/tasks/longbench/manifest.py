@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from shadowkv_cli.console import SCHEMA_VERSION
@@ -9,7 +10,8 @@ from shadowkv_cli.tasks.longbench.suites import LONGBENCH_V2, Suite
 from shadowkv_cli.tasks.manifest import no_rows_yet
 
 DIALECT = "THUDM/LongBench 2e00731"
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
+"""2: rows say how much of their middle was cut."""
 DEVIATIONS = (
     "chat template: the tokenizer's own, or the one named; LongBench ships none for newer models",
     "samsum: newlines at the very start of an answer are skipped, where LongBench forbids the "
@@ -45,7 +47,23 @@ def new_manifest(
         "template": template,
         "sources": dict(sorted(sources.items())),
         **no_rows_yet(),
+        "lost_middle": {},
     }
+
+
+def add_lost_middle(manifest: dict[str, Any], context_length: int, task: str, count: int) -> None:
+    """Count further prompts of a task whose middle was cut."""
+    counts = manifest["lost_middle"].setdefault(str(context_length), {})
+    counts[task] = counts.get(task, 0) + count
+
+
+def count_lost_middle(file: Path) -> int:
+    """How many rows of a file were cut in their middle; 0 for a file that is not there."""
+    if not file.is_file():
+        return 0
+    with file.open(encoding="utf-8", newline="\n") as lines:
+        # A text that spells the field has its quotes escaped.
+        return sum('"middle_tokens_cut": ' in line for line in lines)
 
 
 def set_note(manifest: dict[str, Any], suite: Suite) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.tasks.longbench.items import Item
-from shadowkv_cli.tasks.rows import Sample
+from shadowkv_cli.tasks.rows import Sample, SecondCall
 from shadowkv_cli.tasks.tokenization import encode_prompt
 from shadowkv_cli.tasks.wrappers import Wrapper
 
@@ -26,6 +26,7 @@ class TaskRules:
     postprocess: str | None
     stop: tuple[str, ...] | None
     wrapper: Wrapper
+    second_max_new_tokens: int = 0
 
 
 def context_length_for(max_length: int, answer_tokens: int, wrapper_tokens: int) -> int:
@@ -37,17 +38,19 @@ def context_length_for(max_length: int, answer_tokens: int, wrapper_tokens: int)
     return -(-needed // LENGTH_STEP) * LENGTH_STEP
 
 
-def cut_middle(tokenizer: Any, text: str, max_length: int) -> str:
+def cut_middle(tokenizer: Any, text: str, max_length: int) -> tuple[str, int]:
     """The text, or its first and last halves of `max_length` tokens where it has more.
 
-    As pred.py of LongBench does it: special tokens count, there is no mark at the cut.
+    Also returns how many tokens it lost. As pred.py of LongBench does it: special tokens count,
+    there is no mark at the cut.
     """
     ids = encode_prompt(tokenizer, text)
     if len(ids) <= max_length:
-        return text
+        return text, 0
     half = max_length // 2
     parts = (ids[:half], ids[-half:])
-    return "".join(tokenizer.decode(part, skip_special_tokens=True) for part in parts)
+    halves = (tokenizer.decode(part, skip_special_tokens=True) for part in parts)
+    return "".join(halves), len(ids) - 2 * half
 
 
 def make_sample(
@@ -60,7 +63,7 @@ def make_sample(
     context_length: int,
 ) -> Sample:
     """The finished row. Raises UsageError if it does not fit its context length."""
-    text = cut_middle(tokenizer, item.text, max_length)
+    text, lost = cut_middle(tokenizer, item.text, max_length)
     prompt = rules.wrapper.wrap(text)
     tokens = len(encode_prompt(tokenizer, prompt))
     name = f"{rules.name}-{item.number}"
@@ -69,6 +72,15 @@ def make_sample(
             f"{name} has {tokens} tokens with its chat template, which does not fit "
             f"{context_length} with the answer: use a shorter --max-length."
         )
+    second = None
+    if item.second_text is not None:
+        second = _second_call(tokenizer, item.second_text, rules)
+        needed = second.prompt_tokens + rules.max_new_tokens + second.max_new_tokens
+        if needed > context_length:
+            raise UsageError(
+                f"The second call of {name} takes {needed} tokens, which does not fit "
+                f"{context_length}: use a longer --max-length."
+            )
     question = max(len(text) - item.tail_characters, 0)
     return Sample(
         id=name,
@@ -87,4 +99,12 @@ def make_sample(
         postprocess=rules.postprocess,
         all_classes=item.all_classes,
         groups=item.groups,
+        middle_tokens_cut=lost or None,
+        second=second,
     )
+
+
+def _second_call(tokenizer: Any, text: str, rules: TaskRules) -> SecondCall:
+    prompt = rules.wrapper.wrap(text)
+    tokens = len(encode_prompt(tokenizer, prompt))
+    return SecondCall(prompt, tokens, rules.second_max_new_tokens)

@@ -12,7 +12,7 @@ from shadowkv_cli.tasks.package_data import read_yaml
 
 LONGBENCH, LONGBENCH_E, LONGBENCH_V2 = "longbench", "longbench-e", "longbench-v2"
 Compat = Literal["true", "official"]
-V2Prompt = Literal["0shot", "no-context"]
+V2Prompt = Literal["0shot", "cot", "no-context"]
 V2_ROWS = 503
 
 
@@ -25,6 +25,7 @@ class Rules:
     postprocess: str | None = None
     stop: tuple[str, ...] | None = None
     chat_template: bool = True
+    second_max_new_tokens: int = 0
 
 
 class Suite(Protocol):
@@ -112,7 +113,7 @@ class V1Suite:
 
 @dataclass(frozen=True)
 class V2Suite:
-    """LongBench v2: one task, asked with the document or without."""
+    """LongBench v2: one task, asked with the document, in two calls, or without the document."""
 
     prompt: V2Prompt = "0shot"
     name: str = LONGBENCH_V2
@@ -135,12 +136,21 @@ class V2Suite:
         return self.hub_file
 
     def items(self, task: str, content: bytes) -> list[Item]:
-        prompt = read_yaml("longbench/prompts_v2.yaml")["prompts"][self.prompt]
+        texts, second = read_yaml("longbench/prompts_v2.yaml"), None
+        if self.prompt == "cot":
+            prompt, second = texts["cot"]["first"], texts["cot"]["second"]
+        else:
+            prompt = texts["prompts"][self.prompt]
         rows = parse_rows(content, self.hub_file)
-        return [v2_item(row, i, prompt, self.hub_file) for i, row in enumerate(rows)]
+        return [v2_item(row, i, prompt, self.hub_file, second) for i, row in enumerate(rows)]
 
     def rules(self, task: str) -> Rules:
-        return Rules(V2_METRIC, int(read_yaml("longbench/prompts_v2.yaml")["max_new_tokens"]))
+        texts = read_yaml("longbench/prompts_v2.yaml")
+        answer = int(texts["max_new_tokens"])
+        if self.prompt == "cot":
+            thought = int(texts["cot"]["max_new_tokens"])
+            return Rules(V2_METRIC, thought, second_max_new_tokens=answer)
+        return Rules(V2_METRIC, answer)
 
     def published_rows(self, task: str) -> int:
         return V2_ROWS

@@ -1,14 +1,23 @@
-"""The 13 tasks as data: configuration, templates and constants, read from tasks.yaml."""
+"""The tasks as data: configuration, templates and constants, read from tasks.yaml.
+
+The dialect of ShadowKV's authors has 11 of the 13, with other metrics and a few other words; the
+grid of needles is one task of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from shadowkv_cli.errors import unknown_name
 from shadowkv_cli.tasks.package_data import read_yaml
+
+Dialect = Literal["nvidia", "shadowkv", "grid"]
+NVIDIA: Dialect = "nvidia"
+GRID: Dialect = "grid"
+GRID_TASK = "niah_grid"
 
 
 @dataclass(frozen=True)
@@ -42,8 +51,40 @@ def constants() -> dict[str, Any]:
 
 
 @cache
-def definitions() -> dict[str, TaskDefinition]:
-    """All tasks by name, in RULER's order."""
+def shadowkv_constants() -> dict[str, Any]:
+    """shadowkv.yaml as it stands."""
+    data: dict[str, Any] = read_yaml("ruler/shadowkv.yaml")
+    return data
+
+
+@cache
+def definitions(dialect: Dialect = NVIDIA) -> dict[str, TaskDefinition]:
+    """All tasks of a dialect by name, in RULER's order."""
+    if dialect == GRID:
+        single = replace(_nvidia()["niah_single_2"], name=GRID_TASK, family="needle_grid")
+        return {GRID_TASK: single}
+    return _nvidia() if dialect == NVIDIA else _shadowkv()
+
+
+def sizes_of(task: str) -> TaskDefinition:
+    """A task by name alone, where the wording does not matter: for its lengths and sources."""
+    return definitions()[task] if task in definitions() else definitions(GRID)[task]
+
+
+def _shadowkv() -> dict[str, TaskDefinition]:
+    prefixes, metrics = shadowkv_constants()["answer_prefixes"], shadowkv_constants()["metrics"]
+    return {
+        name: replace(
+            task,
+            metric=metrics[name],
+            answer_prefix=prefixes.get(task.family, task.answer_prefix),
+        )
+        for name, task in _nvidia().items()
+        if name in metrics
+    }
+
+
+def _nvidia() -> dict[str, TaskDefinition]:
     result = {}
     for name, entry in constants()["tasks"].items():
         settings = dict(entry)
@@ -53,9 +94,9 @@ def definitions() -> dict[str, TaskDefinition]:
     return result
 
 
-def choose_tasks(names: Iterable[str] | None) -> list[str]:
+def choose_tasks(names: Iterable[str] | None, dialect: Dialect = NVIDIA) -> list[str]:
     """The asked tasks in RULER's order, all of them for None. Raises UsageError for others."""
-    known = definitions()
+    known = definitions(dialect)
     if names is None:
         return list(known)
     wanted = set()

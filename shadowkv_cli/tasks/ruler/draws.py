@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from shadowkv_cli.tasks.ruler.definitions import TaskDefinition
+from shadowkv_cli.tasks.ruler.definitions import NVIDIA, Dialect, TaskDefinition
 from shadowkv_cli.tasks.ruler.sources import Sources
 from shadowkv_cli.tasks.tokenization import UnitCounter, encode_prompt
 from shadowkv_cli.tasks.wrappers import Wrapper
@@ -21,19 +21,44 @@ SMALL_LENGTH = 4096
 
 @dataclass(frozen=True)
 class Rendered:
-    """One sample at one size; the fields are those of a row."""
+    """One sample at one size; the fields are those of a row (see `Sample`)."""
 
     prompt: str
     answer_prefix: str
     references: list[str]
     question_start: int
     depths: list[float] | None = None
+    gold_documents: list[int] | None = None
+    num_documents: int | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What else determines the rows of a dataset.
+
+    Attributes:
+        dialect: whose wording and metrics they have.
+        depths: how many depths a grid has.
+        shuffle_gold: whether the documents with the answer are spread evenly over the prompt.
+    """
+
+    dialect: Dialect = NVIDIA
+    depths: int = 0
+    shuffle_gold: bool = False
 
 
 class Workbench:
     """What the samples of one dataset are made with; holds caches, so one per process."""
 
-    def __init__(self, tokenizer: Any, wrapper: Wrapper, sources: Sources, seed: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        wrapper: Wrapper,
+        sources: Sources,
+        seed: int,
+        variant: Variant = Variant(),
+    ) -> None:
+        self.variant = variant
         self.tokenizer = tokenizer
         self.wrapper = wrapper
         self.sources = sources
@@ -70,18 +95,20 @@ class Workbench:
         *,
         example: str = "",
         turn_before: str = "",
+        wrapper: Wrapper | None = None,
     ) -> tuple[str, str, int]:
         """Fill a template: (prompt, answer prefix, question start).
 
         `example` stands before the task's text inside the turn; `turn_before` is a whole turn
-        before it, which then has the BOS.
+        before it, which then has the BOS. `wrapper` takes the place of the dataset's own.
         """
+        wrapper = wrapper or self.wrapper
         head, tail = template.split("{context}")
         opening = example + head.format(**fields) + context
         closing = tail.format(**fields)
         first = not turn_before
-        prompt = turn_before + self.wrapper.wrap(opening + closing, first=first)
-        start = len(turn_before) + self.wrapper.offset(first=first) + len(opening)
+        prompt = turn_before + wrapper.wrap(opening + closing, first=first)
+        start = len(turn_before) + wrapper.offset(first=first) + len(opening)
         start += len(closing) - len(closing.lstrip())
         return prompt, answer_prefix.format(**fields), start
 

@@ -46,6 +46,11 @@ class Essay:
         self._words += added
         self._text = " ".join([self._text, *added]) if self._text else " ".join(added)
 
+    def words(self, count: int) -> list[str]:
+        """The first `count` words."""
+        self._ensure(count)
+        return self._words[:count]
+
     def num_sentences(self, words: int) -> int:
         """Sentences of the first `words` words, a cut one at the end included."""
         self._ensure(words)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from shadowkv_cli.tasks.ruler.definitions import TaskDefinition, constants
 from shadowkv_cli.tasks.ruler.draws import Draw, Rendered, Workbench, distinct_positions
 from shadowkv_cli.tasks.ruler.words import random_value
@@ -22,6 +25,36 @@ def singular(text: str) -> str:
     return text
 
 
+def needle_line(task: TaskDefinition, key: str, value: str) -> str:
+    """The sentence that hides a value."""
+    kind = task.settings["value_type"]
+    line: str = constants()["needle"].format(type_needle_v=kind, key=key, value=value)
+    return line
+
+
+def join_queries(queries: Sequence[str]) -> str:
+    """The keys as the question names them."""
+    return queries[0] if len(queries) == 1 else f"{', '.join(queries[:-1])}, and {queries[-1]}"
+
+
+def fill_needles(
+    bench: Workbench, task: TaskDefinition, context: str, query: str
+) -> tuple[str, str, int]:
+    """The finished prompt around a context: (prompt, answer prefix, question start).
+
+    In the dialect of ShadowKV's authors the rewrite reaches the chat template ("You is").
+    """
+    template, prefix, kind = task.template, task.answer_prefix, task.settings["value_type"]
+    wrapper = bench.wrapper
+    if task.settings["queries"] * task.settings["values"] == 1:
+        template, prefix, kind = singular(template), singular(prefix), kind[:-1]
+        if bench.variant.dialect == "shadowkv":
+            before, after = singular(wrapper.before), singular(wrapper.after)
+            wrapper = replace(wrapper, before=before, after=after)
+    fields = {"type_needle_v": kind, "query": query}
+    return bench.render(template, prefix, context, fields, wrapper=wrapper)
+
+
 class NeedleDraw(Draw):
     """Keys, values, places and the query of one sample."""
 
@@ -40,27 +73,19 @@ class NeedleDraw(Draw):
                 kind = settings["value_type"]
                 values.append([random_value(kind, rng) for _ in range(settings["values"])])
         self.keys = keys
-        needles = [(k, self._line(key, v)) for k, key in enumerate(keys) for v in values[k]]
+        needles = [(k, needle_line(task, key, v)) for k, key in enumerate(keys) for v in values[k]]
         bench.fixed_order().shuffle(needles)
         self.needles = [line for _, line in needles]
         asked = self.rng("query").sample(range(num_keys), settings["queries"])
         self.needle_is_asked = [k in asked for k, _ in needles]
         self.references = [value for k in asked for value in values[k]]
-        queries = [keys[k] for k in asked]
-        self.query = queries[0]
-        if len(queries) > 1:
-            self.query = f"{', '.join(queries[:-1])}, and {queries[-1]}"
+        self.query = join_queries([keys[k] for k in asked])
         places = self.rng("places")
-        self._depths = sorted(places.sample(DEPTHS, len(needles)))
+        self._depths: list[float] = sorted(places.sample(DEPTHS, len(needles)))
         self._fractions = [places.random() for _ in needles]
         self._lines: list[str] = []
         self._line_rng = self.rng("lines")
         self.min_units = 1 if self.haystack == "essay" else len(needles)
-
-    def _line(self, key: str, value: str) -> str:
-        kind = self.task.settings["value_type"]
-        line: str = constants()["needle"].format(type_needle_v=kind, key=key, value=value)
-        return line
 
     def _haystack_lines(self, count: int) -> list[str]:
         """The first lines of a haystack of noise or of needles with other keys."""
@@ -71,7 +96,7 @@ class NeedleDraw(Draw):
             key = random_value(settings["key_type"], self._line_rng)
             value = random_value(settings["value_type"], self._line_rng)
             if key not in self.keys:
-                self._lines.append(self._line(key, value))
+                self._lines.append(needle_line(self.task, key, value))
         return self._lines[:count]
 
     def _context(self, units: int) -> tuple[str, list[float]]:
@@ -96,13 +121,7 @@ class NeedleDraw(Draw):
 
     def render(self, units: int) -> Rendered:
         context, depths = self._context(units)
-        settings = self.task.settings
-        template, prefix = self.task.template, self.task.answer_prefix
-        kind = settings["value_type"]
-        if settings["queries"] * settings["values"] == 1:
-            template, prefix, kind = singular(template), singular(prefix), kind[:-1]
-        fields = {"type_needle_v": kind, "query": self.query}
-        prompt, prefix, start = self.bench.render(template, prefix, context, fields)
+        prompt, prefix, start = fill_needles(self.bench, self.task, context, self.query)
         asked = [d for d, wanted in zip(depths, self.needle_is_asked, strict=True) if wanted]
         return Rendered(prompt, prefix, list(self.references), start, sorted(asked))
 

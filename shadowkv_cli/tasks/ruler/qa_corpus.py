@@ -20,12 +20,18 @@ class QAItem:
         answers: any of them is right.
         own: numbers of the documents that belong to the question, the gold ones among them.
         more: numbers of documents of the same article, taken before random ones.
+        gold: numbers of those of `own` that hold the answer; all of them where none is named.
     """
 
     question: str
     answers: tuple[str, ...]
     own: tuple[int, ...]
     more: tuple[int, ...]
+    gold: tuple[int, ...] = ()
+
+    @property
+    def gold_or_own(self) -> tuple[int, ...]:
+        return self.gold or self.own
 
 
 class QACorpus(Protocol):
@@ -89,16 +95,25 @@ def squad_corpus(name: str, rows: Iterable[Mapping[str, Any]]) -> LoadedQA:
 
 
 def hotpotqa_corpus(name: str, rows: Iterable[Mapping[str, Any]]) -> LoadedQA:
-    """Build a corpus from rows with `question, answer, context` (context: title, sentences)."""
-    questions = [
-        (row["question"], row["answer"], [f"{t}\n{''.join(s)}" for t, s in row["context"]])
-        for row in rows
-    ]
-    documents = sorted({text for _, _, own in questions for text in own})
+    """Build a corpus from rows with `question, answer, context` (context: title, sentences).
+
+    `supporting_facts` (title, sentence), where a row has them, name the gold documents.
+    """
+    questions = []
+    for row in rows:
+        own = {f"{t}\n{''.join(s)}": t for t, s in row["context"]}
+        titles = {title for title, _ in row.get("supporting_facts", ())}
+        gold = [text for text, title in own.items() if title in titles]
+        questions.append((row["question"], row["answer"], list(own), gold))
+    documents = sorted({text for _, _, own, _ in questions for text in own})
     number = {text: i for i, text in enumerate(documents)}
+
+    def numbers(texts: list[str]) -> tuple[int, ...]:
+        return tuple(number[text] for text in texts)
+
     items = [
-        QAItem(question, (answer,), tuple(dict.fromkeys(number[t] for t in own)), ())
-        for question, answer, own in questions
+        QAItem(question, (answer,), numbers(own), (), numbers(gold))
+        for question, answer, own, gold in questions
     ]
     return LoadedQA(name, tuple(documents), tuple(items))
 

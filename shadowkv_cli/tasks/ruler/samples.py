@@ -5,16 +5,19 @@ from __future__ import annotations
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.tasks.rows import Sample
 from shadowkv_cli.tasks.ruler.common_words import CommonWordsDraw
-from shadowkv_cli.tasks.ruler.definitions import definitions
-from shadowkv_cli.tasks.ruler.draws import Draw, Workbench
+from shadowkv_cli.tasks.ruler.definitions import TaskDefinition, definitions, sizes_of
+from shadowkv_cli.tasks.ruler.draws import Draw, Rendered, Workbench
 from shadowkv_cli.tasks.ruler.fit import Calibration, DoesNotFit, calibrate, check_smallest, fit
 from shadowkv_cli.tasks.ruler.frequent_words import FrequentWordsDraw
+from shadowkv_cli.tasks.ruler.needle_grid import GridDraw
 from shadowkv_cli.tasks.ruler.niah import NeedleDraw
 from shadowkv_cli.tasks.ruler.qa import DocumentsDraw
+from shadowkv_cli.tasks.ruler.shadowkv_chain import ShadowkvChainDraw
 from shadowkv_cli.tasks.ruler.variable_tracking import ChainDraw
 
 FAMILIES: dict[str, type[Draw]] = {
     "niah": NeedleDraw,
+    "needle_grid": GridDraw,
     "variable_tracking": ChainDraw,
     "common_words": CommonWordsDraw,
     "frequent_words": FrequentWordsDraw,
@@ -28,13 +31,16 @@ ROOMY = 8
 
 def make_draw(bench: Workbench, task: str, context_length: int, index: int) -> Draw:
     """Draw sample `index` of a task; it depends on seed, task, length and index only."""
-    definition = definitions()[task]
-    return FAMILIES[definition.family](bench, definition, context_length, index)
+    definition = definitions(bench.variant.dialect)[task]
+    family = FAMILIES[definition.family]
+    if bench.variant.dialect == "shadowkv" and family is ChainDraw:
+        family = ShadowkvChainDraw
+    return family(bench, definition, context_length, index)
 
 
 def prompt_limit(task: str, context_length: int) -> int:
     """Tokens left for the prompt."""
-    return context_length - definitions()[task].max_new_tokens
+    return context_length - sizes_of(task).max_new_tokens
 
 
 def calibrate_task(
@@ -52,7 +58,7 @@ def calibrate_task(
             for index in range(1, num_samples):
                 check_smallest(make_draw(bench, task, context_length, index), limit)
     except DoesNotFit as error:
-        raise _too_short(task, context_length, index, error) from None
+        raise too_short(task, context_length, index, error) from None
     return calibration
 
 
@@ -60,33 +66,48 @@ def make_sample(
     bench: Workbench, task: str, context_length: int, index: int, calibration: Calibration
 ) -> Sample:
     """Make one row. Raises UsageError for a length that cannot hold the sample."""
-    definition = definitions()[task]
+    definition = definitions(bench.variant.dialect)[task]
     try:
         draw = make_draw(bench, task, context_length, index)
         fitted = fit(draw, prompt_limit(task, context_length), calibration)
     except DoesNotFit as error:
-        raise _too_short(task, context_length, index, error) from None
-    rendered = fitted.rendered
+        raise too_short(task, context_length, index, error) from None
+    return finished(definition, context_length, index, fitted.rendered, fitted.prompt_tokens)
+
+
+def finished(
+    task: TaskDefinition,
+    context_length: int,
+    index: int,
+    rendered: Rendered,
+    prompt_tokens: int,
+    uncounted_tokens: int = 0,
+) -> Sample:
+    """The row of a rendered sample; `prompt_tokens` include those that are not counted."""
     return Sample(
-        id=f"{task}-{context_length}-{index}",
-        task=task,
+        id=f"{task.name}-{context_length}-{index}",
+        task=task.name,
         index=index,
         prompt=rendered.prompt,
         answer_prefix=rendered.answer_prefix,
         references=rendered.references,
-        metric=definition.metric,
-        length=fitted.prompt_tokens + definition.max_new_tokens,
-        prompt_tokens=fitted.prompt_tokens,
-        max_new_tokens=definition.max_new_tokens,
+        metric=task.metric,
+        length=prompt_tokens - uncounted_tokens + task.max_new_tokens,
+        prompt_tokens=prompt_tokens,
+        max_new_tokens=task.max_new_tokens,
         context_length=context_length,
         question_start=rendered.question_start,
         depths=rendered.depths,
-        postprocess="ruler",
+        gold_documents=rendered.gold_documents,
+        num_documents=rendered.num_documents,
+        postprocess="ruler" if task.metric.startswith("string_match") else None,
+        uncounted_tokens=uncounted_tokens or None,
     )
 
 
-def _too_short(task: str, context_length: int, index: int, error: DoesNotFit) -> UsageError:
-    needed = error.tokens + definitions()[task].max_new_tokens
+def too_short(task: str, context_length: int, index: int, error: DoesNotFit) -> UsageError:
+    """The error for a length that cannot hold a sample."""
+    needed = error.tokens + sizes_of(task).max_new_tokens
     return UsageError(
         f"A context length of {context_length} cannot hold sample {index} of {task}, which needs "
         f"{needed} tokens at the least: use a longer one, or leave the task out with --tasks."

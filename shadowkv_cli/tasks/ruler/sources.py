@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 from shadowkv_cli.errors import ShadowKVError, UsageError
 from shadowkv_cli.tasks.hub import hub_access
-from shadowkv_cli.tasks.ruler.definitions import definitions
+from shadowkv_cli.tasks.ruler.definitions import sizes_of
 from shadowkv_cli.tasks.ruler.essay import Essay
 from shadowkv_cli.tasks.ruler.qa_corpus import (
     LoadedQA,
@@ -44,12 +45,16 @@ class Sources:
         loaded_qa: corpora that were read, by name; the others are synthetic.
         manifest: what the manifest says about them, by name: `name`, `sha256`, `synthetic`.
         sentence_splitter: what split the essays.
+        essay_text: the corpus as it was read, white space squeezed; None for synthetic prose.
+        english_words: RULER's list for lists beyond the word pool; None where none was given.
     """
 
     essay_sentences: tuple[str, ...] | None
     loaded_qa: dict[str, LoadedQA]
     manifest: dict[str, dict[str, Any]]
     sentence_splitter: str | None
+    essay_text: str | None = None
+    english_words: tuple[str, ...] | None = None
 
     @cached_property
     def essay(self) -> Essay:
@@ -65,7 +70,7 @@ class Sources:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was computed, so that it travels to other processes."""
-        names = ("essay_sentences", "loaded_qa", "manifest", "sentence_splitter")
+        names = [field.name for field in dataclasses.fields(self)]
         return {name: self.__dict__[name] for name in names}
 
 
@@ -73,7 +78,7 @@ def needed_sources(tasks: Iterable[str]) -> set[str]:
     """Which of `essay`, `squad` and `hotpotqa` the tasks read."""
     needed = set()
     for name in tasks:
-        settings = definitions()[name].settings
+        settings = sizes_of(name).settings
         if settings.get("haystack") == "essay":
             needed.add("essay")
         if "dataset" in settings:
@@ -127,6 +132,21 @@ def load_sources(
     return result
 
 
+def load_english_words(result: Sources, file: Path) -> None:
+    """Read RULER's json/english_words.json. Raises UsageError if it is none."""
+    content = read_bytes(file)
+    try:
+        words = tuple(json.loads(content).values())
+    except (ValueError, AttributeError):
+        pointer = " (it is a Git LFS pointer)" if content.startswith(b"version https") else ""
+        raise UsageError(f"{file} is not RULER's json/english_words.json{pointer}.") from None
+    if not words or not all(isinstance(word, str) for word in words):
+        raise UsageError(f"{file} is not RULER's json/english_words.json.")
+    result.english_words = words
+    digest = hashlib.sha256(content).hexdigest()
+    result.manifest["english_words"] = _entry(file.name, digest)
+
+
 def _load_essay(result: Sources, kind: SourceKind, file: Path | None, offline: bool) -> None:
     if file is None and kind == "synthetic":
         digest = result.essay.digest()
@@ -137,7 +157,8 @@ def _load_essay(result: Sources, kind: SourceKind, file: Path | None, offline: b
     else:
         rows = _load_hub("essay", ESSAYS_HUB, split="train", offline=offline)
         name, text = ESSAYS_HUB, " ".join(row["text"] for row in rows)
-    text = re.sub(r"\s+", " ", text).strip()
+    result.essay_text = re.sub(r"\s+", " ", text)
+    text = result.essay_text.strip()
     if not text:
         raise UsageError(f"{name} holds no text for --essays.")
     result.sentence_splitter = available_splitter()
@@ -178,14 +199,22 @@ def _load_qa(
                     "context": zip(
                         row["context"]["title"], row["context"]["sentences"], strict=True
                     ),
+                    "supporting_facts": zip(*_supporting_facts(row), strict=True),
                 }
                 for row in rows
             ),
         )
-    content = json.dumps([loaded.documents, [item.__dict__ for item in loaded.items]])
+    # Without what a row does not depend on.
+    items = [{k: v for k, v in vars(item).items() if k != "gold"} for item in loaded.items]
+    content = json.dumps([loaded.documents, items])
     digest = hashlib.sha256(content.encode()).hexdigest()
     result.loaded_qa[which] = loaded
     result.manifest[which] = _entry(loaded.name, digest)
+
+
+def _supporting_facts(row: Mapping[str, Any]) -> tuple[list[str], list[int]]:
+    facts = row.get("supporting_facts") or {"title": [], "sent_id": []}
+    return facts["title"], facts["sent_id"]
 
 
 def _entry(name: str, sha256: str, *, synthetic: bool = False) -> dict[str, Any]:

@@ -159,4 +159,4 @@ class SyntheticQA:
         own = {someone.birthplace: None, NUM_TOWNS + asked: None}
         while len(own) < HOP_PARAGRAPHS:
             own[rng.randrange(self.num_documents)] = None
-        return QAItem(question, (answer,), tuple(own), ())
+        return QAItem(question, (answer,), tuple(own), (), tuple(own)[:2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import string
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from shadowkv_cli.tasks.ruler.definitions import TaskDefinition, constants
@@ -39,8 +40,12 @@ class Chain:
 
     def context(self, noise_lines: int, fractions: list[float]) -> str:
         """The statements, in order, among that many lines of noise."""
+        return self.among(noise_lines, distinct_positions(fractions, noise_lines))
+
+    def among(self, noise_lines: int, places: Iterable[int]) -> str:
+        """The same at given places: numbers of the lines before which the statements stand."""
         lines = [constants()["noise"]] * noise_lines
-        places = sorted(distinct_positions(fractions, noise_lines))
+        places = sorted(places)
         for offset, (place, statement) in enumerate(zip(places, self.statements(), strict=True)):
             lines.insert(place + offset, statement)
         return "\n".join(lines).replace(". \n", ".\n")
@@ -56,8 +61,19 @@ class ChainDraw(Draw):
         rng = self.rng("chain")
         self.chain = Chain.draw(rng, count, letters=5)
         self._fractions = [rng.random() for _ in range(count)]
-        self.example = self._example(Chain.draw(self.rng("example"), count, letters=3))
+        self.example = self._example(Chain.draw(self._example_rng(), count, letters=3))
         self.min_units = count + 1
+
+    def _example_rng(self) -> random.Random:
+        """What the names and the value of the example are drawn from."""
+        return self.rng("example")
+
+    def _context(self, chain: Chain, noise_lines: int, fractions: list[float]) -> str:
+        return chain.context(noise_lines, fractions)
+
+    def _example_text(self) -> str:
+        """The task's text around the example's context, with its answer prefix."""
+        return self.task.template + self.task.answer_prefix
 
     def _fields(self, chain: Chain) -> dict[str, str]:
         return {"query": chain.value, "num_v": str(len(chain.names))}
@@ -71,9 +87,8 @@ class ChainDraw(Draw):
 
     def _example_question(self, chain: Chain, noise_lines: int) -> str:
         rng = self.bench.fixed_order()
-        context = chain.context(noise_lines, [rng.random() for _ in chain.names])
-        text = self.task.template + self.task.answer_prefix
-        return text.format(context=context, **self._fields(chain))
+        context = self._context(chain, noise_lines, [rng.random() for _ in chain.names])
+        return self._example_text().format(context=context, **self._fields(chain))
 
     def _longest_example(self) -> int:
         """Lines of noise in the example: RULER's search in steps of 5, with placeholder names."""
@@ -90,7 +105,7 @@ class ChainDraw(Draw):
         prompt, prefix, start = self.bench.render(
             self.task.template,
             self.task.answer_prefix,
-            self.chain.context(units, self._fractions),
+            self._context(self.chain, units, self._fractions),
             self._fields(self.chain),
             example=self.example,
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from shadowkv_cli.processes import submit, worker_pool
 from shadowkv_cli.tasks.rows import Sample
-from shadowkv_cli.tasks.ruler.draws import Workbench
+from shadowkv_cli.tasks.ruler.draws import Variant, Workbench
 from shadowkv_cli.tasks.ruler.fit import Calibration
 from shadowkv_cli.tasks.ruler.samples import make_sample
 from shadowkv_cli.tasks.ruler.sources import Sources
@@ -51,9 +51,11 @@ class Job:
 _bench: Workbench | None = None
 
 
-def _start_worker(tokenizer: TokenizerName, wrapper: Wrapper, sources: Sources, seed: int) -> None:
+def _start_worker(
+    tokenizer: TokenizerName, wrapper: Wrapper, sources: Sources, seed: int, variant: Variant
+) -> None:
     global _bench
-    _bench = Workbench(tokenizer.load(), wrapper, sources, seed)
+    _bench = Workbench(tokenizer.load(), wrapper, sources, seed, variant)
 
 
 def _run(job: Job) -> Sample:
@@ -69,7 +71,7 @@ def make_samples(
         for job in jobs:
             yield make_sample(bench, job.task, job.context_length, job.index, job.calibration)
         return
-    start = (tokenizer, bench.wrapper, bench.sources, bench.seed)
+    start = (tokenizer, bench.wrapper, bench.sources, bench.seed, bench.variant)
     with worker_pool(num_workers, _start_worker, start) as pool:
         waiting: deque[Future[Sample]] = deque()
         for job in jobs:
