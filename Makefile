@@ -119,7 +119,7 @@ bench-ops: setup ## Measure every compiled op on a GPU, the torch reference besi
 bench-gpu: kernels ## Decode throughput on a GPU at 122,880 tokens, beside the targets: some 10 minutes
 	$(SHADOWKV) bench --model shape:llama-3.1-8b --state synthetic --context-length 122880 \
 		--batch-size auto,1 --share --method full --method shadowkv:value_buffer=4,key_buffer=4 \
-		--method shadowkv --sparse-budget 2048 --rank 160 --outlier-chunks 48 --value-placement host \
+		--sparse-budget 2048 --rank 160 --outlier-chunks 48 --value-placement host \
 		--hit-rate 0.59,0.88 --warmup-steps 40 --decode-steps 24 --output $(GPU_RUN)
 	$(BIN)/python -m shadowkv_cli.bench.op_speed --batch-size 1,8,24 --json > $(GPU_RUN)/ops.json
 	$(BIN)/python -m shadowkv_cli.bench.targets $(GPU_RUN)

@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 from shadowkv_cli.console import print_table
+from shadowkv_cli.errors import UsageError
 from shadowkv_cli.results import read_run
 from shadowkv_cli.rowlog import Row, write_atomic
 
@@ -61,7 +62,7 @@ class Run:
 
     def over_official(self) -> float | None:
         """By sequence, since the batch that fits may be another one by a few."""
-        ours, batch = self.speed("auto", hits=0.59), self.batch("auto", 0.59)
+        ours, batch = self.speed("auto", hits=0.59, buffer=4.0), self.batch("auto", 0.59, 4.0)
         if not ours or not batch:
             return None
         return ours / batch / (OFFICIAL_TOKENS_PER_S / OFFICIAL_BATCH)
@@ -125,11 +126,12 @@ def _middle(values: list[float]) -> float | None:
 
 
 def compare(folder: Path) -> list[dict[str, Any]]:
-    """Each target beside what a run measured. Raises UsageError where there is no run."""
+    """Each target beside what a run measured.
+
+    Raises UsageError where there is no run, or the speeds of the ops are cut off.
+    """
     found = read_run(folder)
-    ops_file = folder / "ops.json"
-    ops = json.loads(ops_file.read_text(encoding="utf-8"))["results"] if ops_file.is_file() else []
-    run = Run([row for row in found.throughput if row["error"] is None], ops)
+    run = Run([row for row in found.throughput if row["error"] is None], _speeds_of_ops(folder))
     environment = found.manifest["environment"]
     gpu, git = environment.get("gpu") or {}, environment.get("git") or {}
     rows = []
@@ -151,11 +153,27 @@ def compare(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _speeds_of_ops(folder: Path) -> list[Row]:
+    file = folder / "ops.json"
+    if not file.is_file():
+        return []
+    try:
+        rows: list[Row] = json.loads(file.read_text(encoding="utf-8"))["results"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise UsageError(
+            f"{file} is cut off, or no output of bench.op_speed: write it again."
+        ) from None
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("run", type=Path, help="folder of a decode benchmark")
     folder: Path = parser.parse_args().run
-    rows = compare(folder)
+    try:
+        rows = compare(folder)
+    except UsageError as error:
+        parser.error(str(error))
     write_atomic(folder / "targets.json", json.dumps(rows, indent=1) + "\n")
     shown = [
         [
