@@ -13,7 +13,7 @@ DEMO_RUN := results/demo
 GPU_RUN ?= results/gpu-decode
 # The committed results/smollm2-reference has 50 samples; its manifest holds its command.
 SMOLLM2_SAMPLES ?= 15
-SMOLLM2_STEPS ?= 4
+SMOLLM2_STEPS ?= 3
 # The demo needs no hub, so it asks none.
 SHADOWKV := HF_HUB_OFFLINE=1 $(BIN)/shadowkv
 
@@ -68,8 +68,8 @@ demo-smollm2: ## The same on real pretrained weights, SmolLM2-135M, which need n
 		--method full,shadowkv --method oracle:sparse_budget=128,chunk_size=8,outlier_chunks=auto \
 		--method random:sparse_budget=128,chunk_size=8,outlier_chunks=auto \
 		--method streaming:sparse_budget=128,chunk_size=8,outlier_chunks=auto \
-		--one-at-a-time --sparse-budget 128,16,32,64,256,512 --rank 96,16,24,32,160 \
-		--chunk-size 8,4,16 --landmarks-per-chunk 1,2 --outlier-chunks auto,0,1 \
+		--one-at-a-time --sparse-budget 128,16,32,64,192,256,512 --rank 96,16,24,32,160 \
+		--chunk-size 8,4,16 --outlier-chunks auto,0 \
 		--bench-context-length 8k --bench-batch-size 4 --decode-steps $(SMOLLM2_STEPS) --warmup-steps 1 \
 		--output results/smollm2
 	@echo "Pictures:"

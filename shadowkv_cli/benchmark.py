@@ -21,7 +21,7 @@ from shadowkv_cli.run_config import BenchConfig, BenchSettings, ModelChoice
 from shadowkv_cli.tasks.rows import Dataset
 
 if TYPE_CHECKING:
-    from shadowkv_cli.bench.throughput import Case
+    from shadowkv_cli.bench.cases import Case
     from shadowkv_cli.model.loading import LoadedModel
 
 
@@ -111,15 +111,17 @@ def benchmark(config: BenchConfig) -> tuple[Path, int]:
 
     Returns the run's folder and the number of failed measurements.
     """
-    from shadowkv_cli.bench.throughput import make_cases
+    from shadowkv_cli.bench.cases import Room, make_cases
+    from shadowkv_cli.bench.probes import stored_or_measured
     from shadowkv_cli.model.loading import load_model
 
     check_place(config.output)
     loaded = load_model(config.model)
     loaded.check(list(config.specs), max(config.settings.context_lengths))
-    cases = make_cases(
-        config.specs, config.settings, loaded, measured_before(config.output, config.fresh)
-    )
+    if loaded.device.type == "cuda":
+        stored_or_measured(loaded.device, [loaded.dtype])  # stands in the manifest, and for plans
+    before = measured_before(config.output, config.fresh)
+    cases = make_cases(config.specs, config.settings, Room(loaded.shape, loaded.device), before)
     identity = bench_identity(loaded, config.model, config.settings)
     notes, flags = model_notes(loaded)
     prompts = None

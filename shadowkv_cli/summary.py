@@ -103,6 +103,7 @@ class ThroughputRecord:
     host_bytes: float | None
     peak_memory_bytes: float | None
     hit_rate: float | None
+    predicted_step_ms: float | None
 
 
 def group_by(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
@@ -269,6 +270,7 @@ def _throughput_record(rows: list[Row], full: list[Row]) -> ThroughputRecord:
         host_bytes=mean("host_bytes"),
         peak_memory_bytes=max((r.get("peak_memory_bytes") or 0 for r in good), default=0) or None,
         hit_rate=mean("hit_rate"),
+        predicted_step_ms=mean("predicted_step_ms"),
     )
 
 

@@ -11,7 +11,7 @@ from shadowkv_cli.evaluate import check_ready, evaluate_loaded, open_run
 from shadowkv_cli.run_config import SweepConfig
 
 if TYPE_CHECKING:
-    from shadowkv_cli.bench.throughput import Case
+    from shadowkv_cli.bench.cases import Case
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,13 @@ def sweep(config: SweepConfig) -> SweepOutcome:
     prompts = None
     settings = config.throughput and config.throughput.for_model(ready.loaded.max_positions)
     if settings is not None:
-        from shadowkv_cli.bench.throughput import check_comparable, make_cases
+        from shadowkv_cli.bench.cases import Room, make_cases
+        from shadowkv_cli.bench.throughput import check_comparable
 
         ready.loaded.check(list(evaluation.specs), max(settings.context_lengths))
         before = measured_before(evaluation.output, evaluation.fresh)
-        cases = make_cases(evaluation.specs, settings, ready.loaded, before)
+        room = Room(ready.loaded.shape, ready.loaded.device)
+        cases = make_cases(evaluation.specs, settings, room, before)
         if settings.state == "prompts":
             prompts = prompt_source(ready.dataset, evaluation.model, settings.context_lengths)
     with open_run(evaluation, "sweep", ready) as run:

@@ -200,6 +200,7 @@ def throughput_table(records: Sequence[ThroughputRecord], notes: Sequence[str] =
             format_interval(r.ratio, digits=2),
             _number(r.step_ms_p50, 1),
             _number(r.step_ms_p99, 1),
+            _number(r.predicted_step_ms, 1),
             _number(r.prefill_s, 1),
             _bytes(r.gpu_bytes),
             _bytes(r.host_bytes),
@@ -208,8 +209,8 @@ def throughput_table(records: Sequence[ThroughputRecord], notes: Sequence[str] =
         ]
         for r in records
     ]
-    columns = ["cell", "context", "batch", "tokens/s", "x full", "p50 ms", "p99 ms", "prefill s"]
-    columns += ["device", "host", "peak", "hits"]
+    columns = ["cell", "context", "batch", "tokens/s", "x full", "p50 ms", "p99 ms", "planned ms"]
+    columns += ["prefill s", "device", "host", "peak", "hits"]
     covered = [r.tokens_per_s.confidence for r in records if r.tokens_per_s]
     own = []
     if any(r.failed for r in records):

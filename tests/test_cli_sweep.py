@@ -141,14 +141,14 @@ def test_bench_on_prompts_of_the_data(
 def test_bench_largest_batches_follow_the_memory(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    from shadowkv_cli.bench import throughput
+    from shadowkv_cli.bench import cases
     from shadowkv_cli.config import FullSpec
     from shadowkv_cli.model.loading import load_model
     from shadowkv_cli.run_config import ModelChoice
 
     shape = load_model(ModelChoice(str(tiny_model_folder))).shape
     room = 9 * FullSpec().cache_bytes(shape, 512, 5).device + 100
-    monkeypatch.setattr(throughput, "free_device_bytes", lambda device, reserve: room)
+    monkeypatch.setattr(cases, "free_device_bytes", lambda device, reserve: room)
     more = ["--context-length", "512", "--batch-size", "equal,auto", "--state", "synthetic"]
     more += ["--sparse-budget", "16"]
     assert run(bench_command(tiny_model_folder, tmp_path / "b", *more)) == 0

@@ -10,13 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from shadowkv_cli.answering import Answerer
+from shadowkv_cli.bench.cases import Room, make_cases
 from shadowkv_cli.bench.state import fill_synthetic
-from shadowkv_cli.bench.throughput import (
-    check_comparable,
-    describe_case,
-    make_cases,
-    run_cases,
-)
+from shadowkv_cli.bench.throughput import check_comparable, describe_case, run_cases
 from shadowkv_cli.cells import build_specs
 from shadowkv_cli.cli import run
 from shadowkv_cli.config import FullSpec, ShadowKVSpec
@@ -211,7 +207,7 @@ def settings_of(**changes: Any) -> BenchSettings:
 def test_memory_and_prefill_are_told_only_of_a_cell_alone(share: bool) -> None:
     loaded, settings = tiny_model("llama"), settings_of(share=share)
     specs = build_specs(["full", "shadowkv"], {"rank": "8", "sparse_budget": "16"})
-    cases = make_cases(specs, settings, loaded)
+    cases = make_cases(specs, settings, Room(loaded.shape, loaded.device))
     rows = list(run_cases(cases, settings, loaded, done=lambda *_: False))
     assert len(rows) == 4
     for row in rows:
@@ -224,7 +220,9 @@ def test_waiting_sessions_are_no_part_of_a_peak() -> None:
 
     loaded, settings = tiny_model("llama"), settings_of()
     specs = build_specs(["full", "shadowkv"], {"rank": "8", "sparse_budget": "16"})
-    bench = _Bench(loaded, settings, make_cases(specs, settings, loaded), None)
+    bench = _Bench(
+        loaded, settings, make_cases(specs, settings, Room(loaded.shape, loaded.device)), None
+    )
     with bench.session(0), bench.session(1):
         pass
     other = (
@@ -239,7 +237,9 @@ def test_waiting_sessions_are_no_part_of_a_peak() -> None:
 )
 def test_measurements_of_another_kind_are_not_joined(change: dict[str, Any]) -> None:
     loaded, settings = tiny_model("llama"), settings_of()
-    row = describe_case(make_cases([FullSpec()], settings, loaded)[0], settings, loaded)
+    row = describe_case(
+        make_cases([FullSpec()], settings, Room(loaded.shape, loaded.device))[0], settings, loaded
+    )
     check_comparable([row], settings, loaded)
     with pytest.raises(UsageError, match=next(iter(change))):
         check_comparable([row], settings_of(**change), loaded)

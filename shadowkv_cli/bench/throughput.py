@@ -7,25 +7,18 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from shadowkv_cli.bench import timeline
+from shadowkv_cli.bench import plan, probes, timeline
+from shadowkv_cli.bench.cases import Case, free_bytes, lanes_of
 from shadowkv_cli.bench.driven_hits import drive
-from shadowkv_cli.bench.memory import (
-    DECODE_RESERVE,
-    RESERVE,
-    PeakMemory,
-    free_device_bytes,
-    free_host_bytes,
-)
+from shadowkv_cli.bench.memory import PeakMemory, free_host_bytes
 from shadowkv_cli.bench.probes import device_name
 from shadowkv_cli.bench.state import fill_prompts, fill_synthetic, random_prompts
-from shadowkv_cli.config import CacheBytes, FullSpec, MethodSpec, ShadowKVSpec, SparseSpec
-from shadowkv_cli.console import format_bytes
+from shadowkv_cli.config import CacheBytes, MethodSpec, SparseSpec
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.model.loading import LoadedModel
 from shadowkv_cli.model.session import MethodFailure, Session
@@ -34,97 +27,6 @@ from shadowkv_cli.shared_bytes import shared_cache_bytes
 
 Row = dict[str, Any]
 T = TypeVar("T")
-
-MOST_ON_CPU = 64
-
-
-@dataclass(frozen=True)
-class Case:
-    """One cell at one length and batch, driven to a hit rate or not."""
-
-    spec: MethodSpec
-    context_length: int
-    prompt_tokens: int
-    batch_size: int
-    batch_rule: str
-    hit_rate: float | None = None
-
-    @property
-    def cell(self) -> str:
-        """The cell's label; that it was driven is part of it, so that nobody mixes the two up."""
-        driven = "" if self.hit_rate is None else f" (hits driven to {self.hit_rate:.0%})"
-        return self.spec.cell + driven
-
-
-LANES_FROM = 4
-"""Rows from which a batch is worked on in two lanes, if the method fetches from the host."""
-
-
-def _lanes(case: Case, settings: BenchSettings) -> int:
-    if not (isinstance(case.spec, ShadowKVSpec) and case.spec.value_placement == "host"):
-        return 1
-    if settings.lanes is not None:
-        return min(settings.lanes, case.batch_size)
-    return 2 if case.batch_size >= LANES_FROM else 1
-
-
-def _free_bytes(loaded: LoadedModel, settings: BenchSettings) -> int:
-    """Memory for caches; a prefill needs more beside them than decoding."""
-    synthetic = settings.state == "synthetic"
-    return free_device_bytes(loaded.device, DECODE_RESERVE if synthetic else RESERVE)
-
-
-def largest_batch(
-    spec: MethodSpec, loaded: LoadedModel, tokens: int, settings: BenchSettings
-) -> int:
-    """Sequences whose cache fits beside the model, and on the host, by the method's bytes.
-
-    On a CPU at most `MOST_ON_CPU`: a small model would fill the whole memory for no gain in speed.
-    """
-    held = spec.cache_bytes(loaded.shape, tokens, settings.new_tokens)
-    fits = _free_bytes(loaded, settings) // held.device
-    if held.host:
-        fits = min(fits, free_host_bytes() // held.host)
-    return int(min(fits, MOST_ON_CPU) if loaded.device.type == "cpu" else fits)
-
-
-def make_cases(
-    specs: Sequence[MethodSpec],
-    settings: BenchSettings,
-    loaded: LoadedModel,
-    measured: Sequence[Row] = (),
-) -> list[Case]:
-    """Resolve the batch rules. Raises UsageError where not even one sequence fits.
-
-    Args:
-        measured: rows of the run that is continued; their batches stay, although the memory that is
-            free may have changed.
-    """
-    sizes = {
-        (r.get("spec", r["cell"]), r["context_length"], r["batch_rule"]): r["batch_size"]
-        for r in measured
-    }
-    cases = []
-    for length in settings.context_lengths:
-        tokens = settings.prompt_tokens(length)
-        for rule in settings.batch_rules:
-            for spec in specs:
-                size = int(rule) if rule.isdigit() else sizes.get((spec.cell, length, rule), 0)
-                if not size:
-                    by = FullSpec() if rule == "equal" else spec
-                    size = largest_batch(by, loaded, tokens, settings)
-                needed = spec.cache_bytes(loaded.shape, tokens, settings.new_tokens).device
-                free = _free_bytes(loaded, settings)
-                if size < 1 or needed * size > free:
-                    batch = max(size, 1)
-                    raise UsageError(
-                        f"{spec.cell} at {length} tokens needs {format_bytes(needed * batch)} for "
-                        f"batch {batch}, {format_bytes(free)} are free: use a smaller --batch-size "
-                        "or --context-length."
-                    )
-                rates = settings.hit_rates if isinstance(spec, ShadowKVSpec) else (None,)
-                cases += [Case(spec, length, tokens, size, rule, rate) for rate in rates]
-    return cases
 
 
 def _needed_bytes(
@@ -146,7 +48,7 @@ def _all_fit(
     needed = _needed_bytes(specs, case, loaded, settings)
     if loaded.device.type == "cpu":
         return needed.device + needed.host <= free_host_bytes()
-    return needed.device <= _free_bytes(loaded, settings) and needed.host <= free_host_bytes()
+    return needed.device <= free_bytes(loaded.device, settings) and needed.host <= free_host_bytes()
 
 
 class _Bench:
@@ -251,7 +153,7 @@ def measure(
     number: int,
 ) -> Row:
     """Decode one cell alone, greedily, and time each step; the first round looks at phases too."""
-    session.focus(case.spec, lanes=_lanes(case, settings))
+    session.focus(case.spec, lanes=lanes_of(case, settings))
     if case.hit_rate is not None:
         steps = (settings.warmup_steps, settings.decode_steps)
         drifts[case] = drive(session, first, case.hit_rate, *steps, drifts.get(case))
@@ -278,12 +180,35 @@ def measure(
         "step_ms_p99": float(np.percentile(step_ms, 99)),
         "step_ms": [round(ms, 4) for ms in step_ms],
         "captured": session.is_captured,
-        "lanes": _lanes(case, settings),
+        "lanes": lanes_of(case, settings),
         "hit_rate": hits,
         "attended_tokens": sum(a["attended_tokens"] for a in audits) / len(audits),
         "error": None,
         "phase_ms": _phases(session, first, settings) if number == 0 else None,
+        "predicted_step_ms": _predicted(session, case, settings, hits),
     }
+
+
+def _predicted(
+    session: Session, case: Case, settings: BenchSettings, hits: float | None
+) -> float | None:
+    """What the planner says of this batch at the hit rate that was measured; of a GPU alone."""
+    loaded = session.loaded
+    probe = probes.stored(device_name(loaded.device))
+    if not session.is_captured or probe is None:
+        return None
+    weights = sum(parameter.nbytes for parameter in loaded.model.parameters())
+    found = plan.phase_ms(
+        case.spec,
+        loaded.shape,
+        weights,
+        probe,
+        case.prompt_tokens,
+        case.batch_size,
+        hit_rate=hits or 0.0,
+        lanes=lanes_of(case, settings),
+    )
+    return round(found["step"], 3)
 
 
 def _phases(

@@ -74,6 +74,14 @@ def bench(
     graph: Annotated[
         bool, typer.Option("--graph/--no-graph", help="On a GPU, a step is one CUDA graph.")
     ] = True,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Run nothing: say where the bytes of each batch would lie, and on a GPU how long "
+            "each phase of a step should take, by its probe.",
+        ),
+    ] = False,
     run: RunOptions,
 ) -> None:
     """Time the decoding of each method alone, in rounds that take turns over the methods.
@@ -110,6 +118,11 @@ def bench(
         run.fresh,
         run.command,
     )
+    if plan:
+        from shadowkv_cli.dry_run import describe_batches
+
+        describe_batches(config).show(as_json=run.json)
+        return
     if run.dry_run:
         from shadowkv_cli.dry_run import describe_benchmark
 

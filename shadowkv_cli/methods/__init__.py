@@ -35,7 +35,7 @@ def build_groups(
 ) -> list[tuple[list[int], Group]]:
     """Sort rows into groups of one layout each, or of one cell each if cells are not to be merged.
 
-    On a CPU a group's cells also select a similar number of chunks (within a factor of 4), since
+    On a CPU a group's cells also select a similar number of chunks (within a factor of 16), since
     all are padded to the largest; on a GPU the launches of one more group cost more than that.
 
     Returns the groups, each with the places of its rows in `rows`.
@@ -46,7 +46,7 @@ def build_groups(
             return spec
         if isinstance(spec, SparseSpec) and store.device.type == "cpu":
             chunks = spec.keeps(store.prompt_tokens).selected_chunks
-            return (*layout(spec), math.ceil(math.log(max(chunks, 1), 4)))
+            return (*layout(spec), math.ceil(math.log(max(chunks, 1), 16)))
         return layout(spec)
 
     places: dict[object, list[int]] = {}

@@ -74,11 +74,14 @@ class Looks:
         }
         self.methods = list(dict.fromkeys(p.method for p in cells))
         self.varying = [name for name in AXES if len(self.values[name]) > 1]
-        many_methods = len(self.methods) > 1
         self.colour_of = "sparse_budget" if "sparse_budget" in self.varying else "method"
-        self.marker_of = (
-            "method" if many_methods or "chunk_size" not in self.varying else "chunk_size"
-        )
+        shapes = list(dict.fromkeys((p.method, setting(p, "chunk_size")) for p in cells))
+        self.shows_chunks = "chunk_size" in self.varying and len(shapes) <= len(style.MARKERS)
+        self.shapes = list(dict.fromkeys(self._shape(p) for p in cells))
+
+    def _shape(self, point: FrontierPoint) -> tuple[str, Any]:
+        """What the marker stands for: the method and, where markers suffice, its chunk size."""
+        return point.method, setting(point, "chunk_size") if self.shows_chunks else None
 
     def _index(self, point: FrontierPoint, name: str) -> int:
         if name == "method":
@@ -100,7 +103,7 @@ class Looks:
             point, "landmarks_per_chunk"
         )
         return {
-            "marker": style.MARKERS[self._index(point, self.marker_of) % len(style.MARKERS)],
+            "marker": style.MARKERS[self.shapes.index(self._shape(point)) % len(style.MARKERS)],
             "markersize": size,
             "color": colour,
             "markerfacecolor": "white" if hollow else colour,
@@ -116,35 +119,35 @@ class Looks:
         return ", ".join(parts) or point.method
 
     def handles(self, cells: list[FrontierPoint]) -> list[Any]:
-        """Legend entries: one per value of every setting that is shown."""
+        """Legend entries: one per marker, and one per value of every other setting shown."""
         from matplotlib.lines import Line2D
 
         handles = []
-        shown = [n for n in ("method", *AXES) if n in self.varying or n == "method"]
-        for name in shown:
-            if name == "method" and len(self.methods) == 1 and self.varying:
-                continue
-            values = self.methods if name == "method" else self.values[name]
-            for value in values:
-                example = next(
-                    p
-                    for p in cells
-                    if (p.method if name == "method" else setting(p, name)) == value
-                )
-                look = self.look(example)
-                if name != self.colour_of:
-                    hollow = look["markerfacecolor"] == "white" and name == "landmarks_per_chunk"
-                    look |= {"color": style.GREY}
-                    look |= {"markerfacecolor": "white" if hollow else style.GREY}
-                else:
-                    look |= {"markerfacecolor": look["color"]}
-                if name != self.marker_of:
-                    look |= {"marker": "o"}
+        for shape in self.shapes if len(self.shapes) > 1 or not self.varying else []:
+            look = self.look(next(p for p in cells if self._shape(p) == shape))
+            colour = look["color"] if self.colour_of == "method" else style.GREY
+            look |= {"color": colour, "markerfacecolor": colour, "markersize": 6.0}
+            handles.append(Line2D([], [], linestyle="none", label=self._shape_name(shape), **look))
+        for name in (n for n in self.varying if n != "chunk_size"):
+            for value in self.values[name]:
+                look = self.look(next(p for p in cells if setting(p, name) == value))
+                hollow = look["markerfacecolor"] == "white" and name == "landmarks_per_chunk"
+                colour = look["color"] if name == self.colour_of else style.GREY
+                look |= {"marker": "o", "color": colour}
+                look |= {"markerfacecolor": "white" if hollow else colour}
                 if name != "rank":
                     look |= {"markersize": 6.0}
-                label = str(value) if name == "method" else f"{SHORT_NAMES.get(name, name)} {value}"
+                label = f"{SHORT_NAMES.get(name, name)} {value}"
                 handles.append(Line2D([], [], linestyle="none", label=label, **look))
         return handles
+
+    def _shape_name(self, shape: tuple[str, Any]) -> str:
+        method, chunk_size = shape
+        several = sum(other == method for other, _ in self.shapes) > 1
+        if not several:
+            return method
+        chunk = f"chunk {chunk_size}"
+        return f"{method}, {chunk}" if len(self.methods) > 1 else chunk
 
 
 def has_frontier(panel: list[FrontierPoint], random_weights: bool) -> bool:

@@ -82,16 +82,25 @@ def finish(figure: Figure, title: str, warnings: Sequence[str], caption: str) ->
 
     Room is left for them, so that nothing is cut off. Call it before labels are placed.
     """
-    width, height = figure.get_size_inches() * figure.dpi
+    width = figure.get_figwidth() * figure.dpi
     margin, size = 0.08 * figure.dpi, FONT_SIZE - 0.5
     line_height = size * 1.35 / 72 * figure.dpi
-    blocks = [(caption, GREY, "normal"), (" ".join(warnings), VERMILLION, "bold")]
+    # Hinting makes text up to 5 % wider at another resolution.
+    room = 0.93 * (width - 2 * margin)
+    blocks = [
+        (_wrapped(figure, text, room, size=size, weight=weight), colour, weight)
+        for text, colour, weight in (
+            (caption, GREY, "normal"),
+            (" ".join(warnings), VERMILLION, "bold"),
+        )
+        if text
+    ]
+    spacing = 0.3 * line_height
+    below = 0.5 * line_height + sum(len(lines) * line_height + spacing for lines, *_ in blocks)
+    _make_room_for_legends(figure, below + 3 * line_height)
+    height = figure.get_figheight() * figure.dpi
     y = 0.5 * line_height
-    for text, colour, weight in blocks:
-        if not text:
-            continue
-        # Hinting makes text up to 5 % wider at another resolution.
-        lines = _wrapped(figure, text, 0.93 * (width - 2 * margin), size=size, weight=weight)
+    for lines, colour, weight in blocks:
         figure.text(
             margin / width,
             y / height,
@@ -102,11 +111,20 @@ def finish(figure: Figure, title: str, warnings: Sequence[str], caption: str) ->
             va="bottom",
             linespacing=1.2,
         )
-        y += len(lines) * line_height + 0.3 * line_height
+        y += len(lines) * line_height + spacing
     figure.suptitle(title, x=margin / width, ha="left", fontsize=FONT_SIZE + 2, weight="bold")
     engine = figure.get_layout_engine()
     assert engine is not None
     engine.set(rect=(0, y / height, 1, 1 - y / height))  # type: ignore[call-arg]
+
+
+def _make_room_for_legends(figure: Figure, others: float) -> None:
+    """Make a figure taller whose legends do not fit beside `others` pixels above and below them."""
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    tallest = max(
+        (legend.get_window_extent(renderer).height for legend in figure.legends), default=0
+    )
+    figure.set_figheight(max(figure.get_figheight(), (tallest + others) / figure.dpi))
 
 
 def message_above(axes: Axes, title: str, message: str) -> None:

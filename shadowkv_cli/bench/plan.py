@@ -1,0 +1,132 @@
+"""Where the bytes of a decoding batch lie and how long each phase of a captured step will take.
+
+Arithmetic from sizes, probes and a hit rate. A phase takes a fixed time for each launch and the
+time of its bytes at a share of the probe; the constants were fitted to runs on one H100
+(results/h100-decode), and what overlaps is taken off. On a CPU nothing is foretold this way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec, SparseSpec, buffer_slots
+
+if TYPE_CHECKING:
+    from shadowkv_cli.bench.probes import Probe
+
+LAUNCH_US: Mapping[str, float] = {
+    "dense": 17,
+    "select": 30,
+    "residency": 7,
+    "fetch": 8,
+    "rebuild": 27,
+    "attention": 8,
+}
+"""Microseconds of each launch of a phase that its bytes do not explain."""
+
+SHARE: Mapping[str, float] = {
+    "dense": 0.94,
+    "select": 0.7,
+    "fetch": 0.95,
+    "rebuild": 0.25,
+    "attention": 0.65,
+    "full attention": 0.945,
+}
+"""Of the probe (for fetch: of the gather from pinned memory), what the bytes of a phase reach."""
+
+DENSE_ROW_US = 0.9
+"""Microseconds that each row adds to the dense part of a layer."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """Bytes of one thing that a batch holds, on the device and in pinned host memory."""
+
+    name: str
+    device: int
+    host: int = 0
+
+
+def memory_items(
+    spec: MethodSpec, shape: ModelShape, prompt_tokens: int, new_tokens: int, batch: int
+) -> list[Item]:
+    """What a method holds for a batch, beside the model's weights; in sum `cache_bytes`."""
+    unit = shape.num_layers * shape.element_bytes * batch
+    width = shape.key_width
+    if not isinstance(spec, ShadowKVSpec) or spec.is_dense(prompt_tokens):
+        held = spec.cache_bytes(shape, prompt_tokens, new_tokens)
+        return [Item("keys and values", held.device * batch, held.host * batch)]
+    kept = spec.keeps(prompt_tokens)
+    landmarks = prompt_tokens // spec.chunk_size * spec.landmarks_per_chunk
+    fixed = kept.outlier_tokens + kept.local_tokens + new_tokens
+    keys, values = (
+        buffer_slots(kept.selected_chunks, factor) * spec.chunk_size
+        for factor in (spec.key_buffer, spec.value_buffer)
+    )
+    prompt_values = unit * width * prompt_tokens
+    on_host = spec.value_placement == "host"
+    return [
+        Item("landmarks", unit * width * landmarks),
+        Item("low-rank keys", unit * spec.rank * (prompt_tokens + width)),
+        Item("key buffer", unit * width * keys),
+        Item("value buffer", unit * width * values),
+        Item("outliers, local and generated tokens", unit * width * 2 * fixed),
+        Item("values", 0 if on_host else prompt_values, prompt_values if on_host else 0),
+    ]
+
+
+def phase_ms(
+    spec: MethodSpec,
+    shape: ModelShape,
+    weight_bytes: int,
+    probe: Probe,
+    prompt_tokens: int,
+    batch: int,
+    *,
+    hit_rate: float,
+    lanes: int,
+) -> dict[str, float]:
+    """Milliseconds of each phase of a step, and of the whole as `step`; of the selected at hand.
+
+    What is selected comes from the host with `value_placement=host`; the bus must be probed then.
+    """
+    read = probe.memory_read_gb_s * 1e6  # bytes a millisecond
+    layers, token = shape.num_layers, shape.head_dim * shape.element_bytes
+    planes = batch * shape.num_kv_heads
+
+    def phase(name: str, launches: int, size: float, rate: float = read) -> float:
+        return layers * launches * LAUNCH_US[name] / 1e3 + layers * size / (rate * SHARE[name])
+
+    rows_ms = layers * batch * DENSE_ROW_US / 1e3
+    found = {"dense": phase("dense", 1, weight_bytes / layers) + rows_ms}
+    if not isinstance(spec, SparseSpec) or spec.is_dense(prompt_tokens):
+        size = 2 * planes * prompt_tokens * token
+        found["attention"] = layers * size / (read * SHARE["full attention"])
+        return found | {"step": sum(found.values())}
+    kept = spec.keeps(prompt_tokens)
+    found["attention"] = phase("attention", lanes, 2 * planes * kept.tokens * token)
+    if isinstance(spec, ShadowKVSpec):
+        landmarks = prompt_tokens // spec.chunk_size * spec.landmarks_per_chunk
+        missing = planes * kept.selected_tokens * (1 - hit_rate)
+        tables = 1 if spec.key_buffer == spec.value_buffer else 2
+        found["select"] = phase("select", lanes, planes * landmarks * token)
+        found["residency"] = layers * lanes * tables * LAUNCH_US["residency"] / 1e3
+        rebuilt = missing * (spec.rank * shape.element_bytes + 2 * token)
+        found["rebuild"] = phase("rebuild", lanes, rebuilt)
+        bus = probe.zero_copy_gather_gb_s or probe.h2d_gb_s
+        if spec.value_placement == "host" and bus:
+            found["fetch"] = phase("fetch", lanes, missing * token, bus * 1e6)
+    return found | {"step": _with_overlap(found, lanes)}
+
+
+def _with_overlap(phases: Mapping[str, float], lanes: int) -> float:
+    """A step in which fetches and rebuilding run beside other lanes' selection and attention."""
+    alone = sum(phases.get(name, 0.0) for name in ("dense", "attention", "select", "residency"))
+    others = (lanes - 1) / lanes
+    beside = max(phases.get("fetch", 0.0), phases.get("rebuild", 0.0))
+    hidden = others * (phases.get("select", 0.0) + phases["attention"])
+    # The last lane's has only the attention of the other lanes to hide behind.
+    last = beside / lanes - others * phases["attention"]
+    return alone + max(beside - hidden, last, 0.0)
