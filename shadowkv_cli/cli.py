@@ -93,6 +93,13 @@ def describe_usage(error: TyperException) -> str:
 
 def describe_failure(error: BaseException) -> str | None:
     """One line for failures that are not ours but have a known way out; None for any other."""
+    if (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    ):
+        return "Out of memory: use a shorter context, a smaller batch, or --dtype bfloat16."
     if isinstance(error, OSError):
         where = f" {error.filename}" if error.filename else ""
         if where.endswith(".tmp"):  # of a file that is replaced in one step
@@ -106,10 +113,6 @@ def describe_failure(error: BaseException) -> str | None:
             return f"No permission to write{where}: choose another --output."
         if error.errno is not None:
             return f"{error.strerror}{where}."
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return "Out of memory: use a shorter context, a smaller batch, or --dtype bfloat16."
-    if "DefaultCPUAllocator: can't allocate memory" in str(error):
-        return "Out of memory: use a shorter context, a smaller batch, or --dtype bfloat16."
     return None
 
 

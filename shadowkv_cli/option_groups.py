@@ -103,9 +103,10 @@ class ModelOptions:
     model: Annotated[
         str,
         typer.Option(
-            metavar="HUB_ID|PATH|demo|smollm2",
+            metavar="HUB_ID|PATH|demo|smollm2|shape:NAME",
             help="A Hugging Face model, its folder, `demo`, which comes along, or `smollm2`, real "
-            "weights that need no hub.",
+            "weights that need no hub; for bench also `shape:NAME`, a true size with random "
+            "weights.",
         ),
     ]
     dtype: Annotated[

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from shadowkv_cli.config import MethodSpec, split_list
+from shadowkv_cli.config import MethodSpec, ShadowKVSpec, split_list
 from shadowkv_cli.errors import UsageError
 
 AttentionBackend = Literal["auto", "flash", "cudnn", "efficient", "math", "flash-attn"]
@@ -160,6 +160,12 @@ class BenchConfig:
     def __post_init__(self) -> None:
         if self.settings.state == "prompts" and self.data is None:
             raise UsageError("--state prompts needs the folder of the prompts: add --data DIR.")
+        shadow = [spec for spec in self.specs if isinstance(spec, ShadowKVSpec)]
+        if any(rate is not None for rate in self.settings.hit_rates) and not shadow:
+            raise UsageError("--hit-rate drives what shadowkv selects: add it to --method.")
+        on_host = [spec for spec in shadow if spec.value_placement == "host"]
+        if self.settings.lanes is not None and not on_host:
+            raise UsageError("--lanes overlap fetches from the host: add --value-placement host.")
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def test_every_sample_has_a_row_for_every_method(finished: Path) -> None:
         assert audit["attended_tokens"] == parts, row["id"]
         assert row["error"] is None
         assert row["score"] is not None
-        assert row["row_bucket"] == 8
+        assert row["row_bucket"] == 5, "a CPU pads no rows"
     sparse = [r for r in rows if r["method"] != "full"]
     assert {r["sparse_budget_tokens"] for r in sparse} == {32}
     assert {r["outlier_tokens"] for r in sparse} == {8}

@@ -120,3 +120,47 @@ def test_bench_plan_runs_nothing(tmp_path: Path, tiny_model_folder: Path, capsys
     assert [row["context_length"] for row in found["batches"]] == [512, 512, 1024, 1024]
     assert found["batches"][1]["host_bytes"]["values"] > 0
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--method", "full", "--hit-rate", "0.5"], "--hit-rate drives what shadowkv selects"),
+        (["--hit-rate", "1.5"], "--hit-rate must lie between 0 and 1, not be 1.5"),
+        (["--hit-rate", "often"], "--hit-rate 'often' is no share"),
+        (["--lanes", "2"], "--lanes overlap fetches from the host"),
+        (["--lanes", "0", "--value-placement", "host"], "--lanes must be at least 1"),
+        (["--plan", "--dry-run"], "leave one of them out"),
+        (["--model", "shape:nothing"], "llama-3.1-8b"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    more: list[str], says: str, tmp_path: Path, tiny_model_folder: Path, capsys
+) -> None:
+    command = ["bench", "--model", str(tiny_model_folder), "--state", "synthetic"]
+    command += ["--context-length", "512", "--output", str(tmp_path / "b"), *more]
+    assert run(command) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1, error
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_shape_has_no_tokenizer(tmp_path: Path, ruler_folder: Path, capsys) -> None:
+    command = ["eval", "--model", "shape:llama-3.1-8b", "--data", str(ruler_folder)]
+    assert run([*command, "--output", str(tmp_path / "e")]) == 2
+    assert "only bench takes it" in capsys.readouterr().err
+
+
+def test_runs_of_other_lanes_are_not_joined(
+    tmp_path: Path, tiny_model_folder: Path, capsys
+) -> None:
+    command = ["bench", "--model", str(tiny_model_folder), "--state", "synthetic", "--rank", "8"]
+    command += ["--context-length", "512", "--decode-steps", "2", "--rounds", "1"]
+    command += ["--sparse-budget", "32", "--value-placement", "host", "--batch-size", "4"]
+    command += ["--method", "shadowkv", "--output", str(tmp_path / "b")]
+    assert run(command) == 0
+    before = (tmp_path / "b" / "throughput.jsonl").read_bytes()
+    assert run([*command, "--lanes", "1"]) == 2
+    assert "--fresh" in capsys.readouterr().err
+    assert (tmp_path / "b" / "throughput.jsonl").read_bytes() == before

@@ -33,7 +33,7 @@ class Case:
     @property
     def cell(self) -> str:
         """The cell's label; that it was driven is part of it, so that nobody mixes the two up."""
-        driven = "" if self.hit_rate is None else f" (hits driven to {self.hit_rate:.0%})"
+        driven = "" if self.hit_rate is None else f" (hits driven to {100 * self.hit_rate:g}%)"
         return self.spec.cell + driven
 
 

@@ -118,6 +118,8 @@ def bench(
         run.fresh,
         run.command,
     )
+    if plan and run.dry_run:
+        raise UsageError("--plan and --dry-run both run nothing: leave one of them out.")
     if plan:
         from shadowkv_cli.dry_run import describe_batches
 

@@ -1,7 +1,8 @@
 """Fused ops in place of a model's small kernels: norms, gates, rotations and joint projections.
 
-Every replacement is tried against what it replaces, on random numbers, before it is used: a family
-that does things in another way keeps its own.
+Norms and MLPs are tried against what they replace, on random numbers, before they are used: a
+family that does things in another way keeps its own. How it pairs rotated dimensions was found by
+trying, too (`rotary.is_interleaved`); a joint product is the same rows of the same weights.
 """
 
 from __future__ import annotations

@@ -100,7 +100,8 @@ class Session:
         self.groups = build_groups(rows, self.store, new_tokens, merge_cells=merge_cells)
         self._captures = captures
         self._graphs: dict[Batch, StepGraph | None] = {}  # None: this batch can't be captured
-        self._decode_all(self.groups)
+        # Graphs are captured for few sizes of a batch; a CPU has none, and would work for nothing.
+        self._decode_all(self.groups, padded=loaded.device.type != "cpu")
         self.lengths = torch.zeros(num_prompts, dtype=torch.long, device=loaded.device)
         self.backend_asked, self.backend = backend, ""
         self.context_tokens = 0  # of the longest row, the token that is being run included
@@ -125,7 +126,7 @@ class Session:
         self._decode_all([(list(range(self.num_prompts)), group)], padded=False)
         self.reset()
 
-    def _decode_all(self, parts: Parts, *, padded: bool = True) -> None:
+    def _decode_all(self, parts: Parts, *, padded: bool) -> None:
         """Decode these groups after every `reset`, each with the rows of the session it holds."""
         self._whole = Batch(parts, self.loaded.device, padded=padded)
         self._holders = self._find_holders(self._whole)

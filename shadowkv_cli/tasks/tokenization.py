@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowkv_cli.catalogue.places import tokenizer_folder
+from shadowkv_cli.catalogue.shapes import shape_named
 from shadowkv_cli.errors import ShadowKVError, UsageError
 from shadowkv_cli.tasks.hub import hub_access
 
@@ -37,10 +38,15 @@ def load_tokenizer(
 ) -> Any:
     """Load a tokenizer by hub name, from a folder, or that of a model that needs no hub.
 
-    Raises ShadowKVError with the way out when it is gated, missing or not reachable.
+    Raises ShadowKVError with the way out when it is gated, missing or not reachable, UsageError for
+    a shape, which has none.
     """
     from transformers import AutoTokenizer
 
+    if shape_named(name) is not None:
+        raise UsageError(
+            f"{name} has random weights and no tokenizer: only bench takes it, without --data."
+        )
     ours = tokenizer_folder(name, offline=offline)
     path = name if ours is None else str(ours)
     if ours is None and name.startswith(("/", "./", "../", "~")):
