@@ -153,8 +153,8 @@ def forget_to_rotate(patch: Patch) -> None:
     rebuild = shadowkv.ops.rebuild_keys
 
     def plain(*args: Any) -> None:
-        cos, sin = args[7:9]
-        rebuild(*args[:7], torch.ones_like(cos), torch.zeros_like(sin), *args[9:])
+        cos, sin = args[8:10]
+        rebuild(*args[:8], torch.ones_like(cos), torch.zeros_like(sin), *args[10:])
 
     patch.setattr(shadowkv.ops, "rebuild_keys", plain)
 
@@ -163,7 +163,7 @@ def rotate_backwards(patch: Patch) -> None:
     """Keys rebuilt with the sign of the sine wrong."""
     rebuild = shadowkv.ops.rebuild_keys
     patch.setattr(
-        shadowkv.ops, "rebuild_keys", lambda *args: rebuild(*args[:8], -args[8], *args[9:])
+        shadowkv.ops, "rebuild_keys", lambda *args: rebuild(*args[:9], -args[9], *args[10:])
     )
 
 
@@ -171,7 +171,7 @@ def pair_wrongly(patch: Patch) -> None:
     """Keys rebuilt with neighbours as pairs, where the model rotates halves."""
     rebuild = shadowkv.ops.rebuild_keys
     patch.setattr(
-        shadowkv.ops, "rebuild_keys", lambda *args: rebuild(*args[:10], not args[10], *args[11:])
+        shadowkv.ops, "rebuild_keys", lambda *args: rebuild(*args[:11], not args[11], *args[12:])
     )
 
 

@@ -463,7 +463,7 @@ def test_values_that_are_not_pinned_are_refused_by_the_kernel_alone() -> None:
         ("select_chunks", {"excluded": lambda x: x[:, :, :5]}, "excluded must be"),
         ("update_residency", {"last_used": lambda x: x[..., :2].clone()}, "last_used must be"),
         ("rebuild_keys", {"basis": lambda x: x[:, :, :5]}, "basis must be"),
-        ("fetch_values", {"misses": lambda x: x.int()}, "misses must be bool"),
+        ("fetch_values", {"misses": lambda x: x.long()}, "misses must be int32"),
         ("build_landmarks", {"per_chunk": lambda x: 3}, "do not divide"),
         ("rms_norm", {"weight": lambda x: x[1:]}, "weight must be"),
         ("rms_norm", {"x": lambda x: x.double(), "weight": lambda x: x.double()}, "dtype must be"),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shadowkv_cli import ops
 from shadowkv_cli.ops import cases, layer_cases
+from shadowkv_cli.ops.misses import list_misses, missing_places
 
 INT32_MAX = torch.iinfo(torch.int32).max
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,6 +32,14 @@ def ids_of(generator: torch.Generator, counts: list[list[int]], chunks: int, wid
         for h, n in enumerate(row):
             out[r, h, :n] = torch.randperm(chunks, generator=generator)[:n].sort().values
     return out
+
+
+def flags_of(misses: Tensor) -> Tensor:
+    """bool [R, Hk, N], true at the places that a list of misses holds."""
+    flags = torch.zeros(misses.shape, dtype=torch.bool)
+    for r, h in torch.cartesian_prod(*map(torch.arange, misses.shape[:2])).tolist():
+        flags[r, h, [i for i in misses[r, h].tolist() if i >= 0]] = True
+    return flags
 
 
 def assert_at_most_twice_as_wrong(ours: Tensor, plain: Tensor, exact: Tensor, case: object) -> None:
@@ -222,9 +231,11 @@ def test_update_residency_over_many_steps(seed: int) -> None:
         counts = torch.randint(0, wanted + 1, (rows, heads), generator=g).tolist()
         ids = ids_of(g, counts, chunks, wanted)
         before = [x.clone() for x in (chunk_of_slot, last_used, slot_of_chunk)]
-        slots, misses = ops.update_residency(
+        slots, listed, counts = ops.update_residency(
             ids, ints([step] * rows), chunk_of_slot, last_used, slot_of_chunk
         )
+        assert counts.tolist() == (listed >= 0).sum(-1).tolist(), (seed, step)
+        misses = flags_of(listed)
         for r in range(rows):
             for h in range(heads):
                 where = (seed, step, r, h)
@@ -267,10 +278,21 @@ def test_as_many_slots_as_chunks_keep_the_last_selection() -> None:
     last: set[int] = set()
     for step in range(1, 30):
         ids = ids_of(g, [[wanted]], chunks, wanted)
-        _, misses = ops.update_residency(ids, ints([step]), *tables)
+        _, misses, counts = ops.update_residency(ids, ints([step]), *tables)
         now = ids[0, 0].tolist()
-        assert misses[0, 0].tolist() == [c not in last for c in now], step
+        new = [i for i, c in enumerate(now) if c not in last]
+        assert misses[0, 0].tolist() == new + [-1] * (wanted - len(new)), step
+        assert counts.tolist() == [[len(new)]], step
         last = set(now)
+
+
+def test_misses_are_listed_in_order() -> None:
+    flags = torch.tensor([[[1, 0, 1, 1], [0, 0, 0, 0]], [[0, 0, 0, 1], [1, 1, 1, 1]]]).bool()
+    misses, counts = list_misses(flags)
+    assert misses.tolist() == [[[0, 2, 3, -1], [-1] * 4], [[3, -1, -1, -1], [0, 1, 2, 3]]]
+    assert counts.tolist() == [[3, 0], [1, 4]]
+    assert misses.dtype == counts.dtype == torch.int32
+    assert torch.equal(torch.stack(missing_places(misses), 1), flags.nonzero())
 
 
 # ---- fetch_values ----
@@ -290,7 +312,7 @@ def test_fetch_values_moves_every_bit(dtype: torch.dtype) -> None:
     expected = space.clone()
     for r, h, i in misses.nonzero().tolist():
         expected[r, h, slots[r, h, i]] = values[index[r], h, ids[r, h, i]]
-    ops.fetch_values(values, index, ids, slots, misses, space)
+    ops.fetch_values(values, index, ids, slots, *list_misses(misses), space)
     assert torch.equal(space.view(torch.uint8), expected.view(torch.uint8))
 
 
@@ -302,7 +324,7 @@ def test_fetch_values_into_the_slots_behind_a_fixed_part() -> None:
     fixed = space[:, :, :5].clone()
     buffer = space[:, :, 5:].unflatten(2, (-1, 2))
     ops.fetch_values(
-        values, ints([0]), ints([[[1, 3]]]), ints([[[2, 0]]]), torch.ones(1, 1, 2).bool(), buffer
+        values, ints([0]), ints([[[1, 3]]]), ints([[[2, 0]]]), ints([[[0, 1]]]), ints([[2]]), buffer
     )
     assert torch.equal(space[:, :, :5], fixed)
     assert torch.equal(space[0, 0, 9:11], values[0, 0, 1])
@@ -330,6 +352,7 @@ def rebuild_case(
     counts = torch.randint(0, wanted + 1, (rows, heads), generator=g).tolist()
     ids = ids_of(g, counts, chunks, wanted)
     angle = torch.rand(2, chunks * size + 3, pairs, generator=g) * 6
+    misses, counted = list_misses((torch.rand(ids.shape, generator=g) < 0.7) & (ids >= 0))
     return {
         "coefficients": torch.randn(prompts, chunks * size, rank, generator=g).to(dtype),
         "basis": torch.randn(prompts, heads, rank, dim, generator=g).to(dtype),
@@ -337,7 +360,8 @@ def rebuild_case(
         "rank": ints([12, 1, 7]),
         "ids": ids,
         "slots": ids_of(g, counts, buffer, wanted),
-        "misses": (torch.rand(ids.shape, generator=g) < 0.7) & (ids >= 0),
+        "misses": misses,
+        "miss_counts": counted,
         "cos": angle.cos().to(dtype),
         "sin": angle.sin().to(dtype),
         "table_index": torch.randint(0, 2, (prompts,), generator=g, dtype=torch.int32),
@@ -350,7 +374,7 @@ def plain_rebuild(case: dict, dtype: torch.dtype) -> Tensor:
     """Key by key, in arithmetic of a dtype."""
     out = torch.full(case["buffer"].shape, math.nan, dtype=dtype)
     size = out.shape[3]
-    for r, h, i in case["misses"].nonzero().tolist():
+    for r, h, i in flags_of(case["misses"]).nonzero().tolist():
         p, n = int(case["prompt_index"][r]), int(case["rank"][r])
         table = int(case["table_index"][p])
         for t in range(size):
@@ -568,7 +592,6 @@ def refusals() -> dict[str, tuple]:
     zeros, index = torch.zeros, ints([0])
     sparse = sparse_case(0, 2, 2, 16, torch.float32)
     rebuild = rebuild_case(0, 1, 8, torch.float32)
-    bool_ids = zeros(1, 1, 2).bool()
     ids = ints([[[0, 1]]])
     return {
         "landmarks: keys": (ops.build_landmarks, [zeros(1, 1, 8, 4), 4, 1], "keys"),
@@ -608,7 +631,7 @@ def refusals() -> dict[str, tuple]:
         ),
         "values: chunk": (
             ops.fetch_values,
-            [zeros(1, 1, 3, 4, 8), index, ids, ids, bool_ids, zeros(1, 1, 3, 2, 8)],
+            [zeros(1, 1, 3, 4, 8), index, ids, ids, ids, ints([[2]]), zeros(1, 1, 3, 2, 8)],
             "values",
         ),
         "keys: basis": (
@@ -676,7 +699,7 @@ def op_arguments() -> dict[str, list]:
             ints([0, 0]),
             ids,
             ids_of(g, [[3, 2], [1, 0]], 4, 3),
-            ids >= 0,
+            *list_misses(ids >= 0),
             torch.zeros(2, 2, 4, 2, 16),
         ],
         "rebuild_keys": list(rebuild.values()),

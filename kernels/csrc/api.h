@@ -18,15 +18,15 @@ std::tuple<Tensor, Tensor> build_landmarks(Tensor keys, int64_t chunk_size, int6
 Tensor select_chunks(Tensor query, Tensor landmarks, Tensor prompt_index, Tensor num_chunks,
                      Tensor excluded, Tensor budget_chunks, int64_t max_chunks, double scale);
 
-std::tuple<Tensor, Tensor> update_residency(Tensor ids, Tensor step, Tensor chunk_of_slot,
-                                            Tensor last_used, Tensor slot_of_chunk);
+std::tuple<Tensor, Tensor, Tensor> update_residency(Tensor ids, Tensor step, Tensor chunk_of_slot,
+                                                    Tensor last_used, Tensor slot_of_chunk);
 
 void fetch_values(Tensor values, Tensor prompt_index, Tensor ids, Tensor slots, Tensor misses,
-                  Tensor buffer);
+                  Tensor miss_counts, Tensor buffer);
 
 void rebuild_keys(Tensor coefficients, Tensor basis, Tensor prompt_index, Tensor rank, Tensor ids,
-                  Tensor slots, Tensor misses, Tensor cos, Tensor sin, Tensor table_index,
-                  bool interleaved, Tensor buffer);
+                  Tensor slots, Tensor misses, Tensor miss_counts, Tensor cos, Tensor sin,
+                  Tensor table_index, bool interleaved, Tensor buffer);
 
 Tensor full_attention(Tensor query, Tensor keys, Tensor values, Tensor prompt_index, Tensor lengths,
                       double scale);

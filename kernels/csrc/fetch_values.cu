@@ -1,7 +1,8 @@
 // fetch_values: see shadowkv_cli/ops/fetch_values.py. It moves bytes, of any dtype.
 #include "fetch_values.cuh"
 
-#include "misses.h"
+#include "common/misses.h"
+#include "common/stream.h"
 
 namespace shadowkv {
 
@@ -10,6 +11,8 @@ namespace {
 /// Enough to fill the bus, and few enough that the other processors work on something else.
 constexpr int HOST_BLOCKS = 32;
 constexpr int COPY_BLOCKS_A_PROCESSOR = 4;
+/// Rows times heads whose misses are counted in shared memory: 160 KiB.
+constexpr int64_t MOST_PLANES = 40 * 1024;
 
 bool has_whole_chunks(const Tensor& t) {
   return (t.size(4) <= 1 || t.stride(4) == 1) && (t.size(3) <= 1 || t.stride(3) == t.size(4));
@@ -28,7 +31,7 @@ const char* device_address(const char* op, const Tensor& values) {
 }  // namespace
 
 void fetch_values(Tensor values, Tensor prompt_index, Tensor ids, Tensor slots, Tensor misses,
-                  Tensor buffer) {
+                  Tensor miss_counts, Tensor buffer) {
   constexpr const char* op = "fetch_values";
   const Device device(buffer, op, "buffer");
   check_sizes(buffer, op, "buffer", {-1, -1, -1, -1, -1});
@@ -41,8 +44,11 @@ void fetch_values(Tensor values, Tensor prompt_index, Tensor ids, Tensor slots, 
   check_table(prompt_index, op, "prompt_index", buffer, {buffer.size(0)});
   const int64_t size = values.element_size();
   const int64_t chunk_bytes = buffer.size(3) * buffer.size(4) * size;
+  check_misses(op, ids, slots, misses, miss_counts, buffer);
+  const int64_t planes = buffer.size(0) * buffer.size(1);
+  SHADOWKV_CHECK(planes <= MOST_PLANES, op, "buffer has ", planes, " rows and heads, more than ",
+                 MOST_PLANES);
   if (ids.numel() == 0 || chunk_bytes == 0 || values.numel() == 0) return;
-  const Misses found = find_misses(op, device, ids, slots, misses, buffer);
 
   FetchParams p{};
   p.values = device_address(op, values);
@@ -56,17 +62,20 @@ void fetch_values(Tensor values, Tensor prompt_index, Tensor ids, Tensor slots, 
   p.prompt_index = static_cast<const int*>(prompt_index.data_ptr());
   p.ids = static_cast<const int*>(ids.data_ptr());
   p.slots = static_cast<const int*>(slots.data_ptr());
-  p.list = found.list_ptr();
-  p.count = found.starts_ptr() + buffer.size(0) * buffer.size(1);
+  p.misses = static_cast<const int*>(misses.data_ptr());
+  p.miss_counts = static_cast<const int*>(miss_counts.data_ptr());
+  p.planes = static_cast<int>(planes);
   p.heads = static_cast<int>(buffer.size(1));
   p.wanted = static_cast<int>(ids.size(2));
   const int64_t odd = chunk_bytes | p.value_prompt | p.value_head | p.value_chunk | p.buffer_row |
                       p.buffer_head | p.buffer_slot | reinterpret_cast<int64_t>(p.values) |
                       reinterpret_cast<int64_t>(p.buffer);
   const int blocks = values.is_cuda() ? device.processors() * COPY_BLOCKS_A_PROCESSOR : HOST_BLOCKS;
+  const size_t bytes = (planes + 1) * sizeof(int);
   auto launch = [&](auto kernel, int64_t word_bytes) {
     p.words = static_cast<int>(chunk_bytes / word_bytes);
-    kernel<<<blocks, FETCH_THREADS, 0, device.stream()>>>(p);
+    device.allow_shared(kernel, (MOST_PLANES + 1) * sizeof(int));
+    kernel<<<blocks, FETCH_THREADS, bytes, device.stream()>>>(p);
   };
   if (odd % 16 == 0) {
     launch(copy_chunks<uint4>, 16);

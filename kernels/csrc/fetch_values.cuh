@@ -13,23 +13,52 @@ struct FetchParams {
   const int* prompt_index;  // [R]
   const int* ids;           // [R, Hk, N]
   const int* slots;         // [R, Hk, N]
-  const int* list;          // of misses
-  const int* count;         // how many
-  int heads, wanted, words;
+  const int* misses;        // [R, Hk, N], places in ids
+  const int* miss_counts;   // [R, Hk]
+  int planes, heads, wanted, words;
 };
 
 constexpr int FETCH_THREADS = 256;
 constexpr int LOADS_IN_FLIGHT = 4;
+
+/// Where the misses of each row and head begin when all are laid end to end, into
+/// `starts` [planes + 1] in shared memory; the last is how many there are.
+__device__ inline void find_starts(const FetchParams& p, int* starts) {
+  __shared__ uint64_t room[33];
+  int listed = 0;
+  for (int base = 0; base < p.planes; base += blockDim.x) {
+    const int plane = base + static_cast<int>(threadIdx.x);
+    uint64_t total;
+    const uint64_t own = plane < p.planes ? p.miss_counts[plane] : 0;
+    const int before = static_cast<int>(scan_block(own, room, total));
+    if (plane < p.planes) starts[plane] = listed + before;
+    listed += static_cast<int>(total);
+  }
+  if (threadIdx.x == 0) starts[p.planes] = listed;
+  __syncthreads();
+}
+
+/// The last of `starts` that is not above `miss`: its row and head.
+__device__ inline int plane_of(const int* starts, int planes, int miss) {
+  int low = 0, high = planes;  // starts[low] <= miss < starts[high]
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (starts[middle] <= miss ? low : high) = middle;
+  }
+  return low;
+}
 
 /// A warp takes 128 words at a time of all missing chunks laid end to end.
 template <typename Word>
 __global__ void __launch_bounds__(FETCH_THREADS)
     copy_chunks(const __grid_constant__ FetchParams p) {
   constexpr int BATCH = 32 * LOADS_IN_FLIGHT;
+  extern __shared__ int starts[];
+  find_starts(p, starts);
   const int lane = threadIdx.x % 32;
   const int64_t warp = (static_cast<int64_t>(blockIdx.x) * FETCH_THREADS + threadIdx.x) / 32;
   const int64_t step = static_cast<int64_t>(gridDim.x) * (FETCH_THREADS / 32) * BATCH;
-  const int64_t total = static_cast<int64_t>(*p.count) * p.words;
+  const int64_t total = static_cast<int64_t>(starts[p.planes]) * p.words;
   for (int64_t first = warp * BATCH; first < total; first += step) {
     Word held[LOADS_IN_FLIGHT];
     char* to[LOADS_IN_FLIGHT];
@@ -40,8 +69,10 @@ __global__ void __launch_bounds__(FETCH_THREADS)
       if (word < total) {
         const int miss = static_cast<int>(word / p.words);
         const int64_t offset = (word - static_cast<int64_t>(miss) * p.words) * sizeof(Word);
-        const int place = p.list[miss], plane = place / p.wanted;
+        const int plane = plane_of(starts, p.planes, miss);
         const int row = plane / p.heads, head = plane - row * p.heads;
+        const int64_t table = static_cast<int64_t>(plane) * p.wanted;
+        const int64_t place = table + p.misses[table + miss - starts[plane]];
         // Not cached: the host may write new values between two launches.
         held[i] = __ldcv(reinterpret_cast<const Word*>(
             p.values + p.prompt_index[row] * p.value_prompt + head * p.value_head +

@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(D) rebuild_float(const __grid_constant__ Rebui
   __shared__ TileRows<FLOAT_ROWS> rows;
   __shared__ float keys[FLOAT_ROWS * (D + 4)];
   const int64_t r = blockIdx.z, head = blockIdx.y, plane = r * p.heads + head;
-  const int64_t missing = p.starts[plane + 1] - p.starts[plane];
+  const int64_t missing = p.miss_counts[plane];
   if (static_cast<int64_t>(blockIdx.x) * FLOAT_ROWS >= missing * p.chunk_size) return;
   find_rows(p, plane, rows);
   __syncthreads();

@@ -2,7 +2,8 @@
 #include "rebuild_keys.cuh"
 
 #include "common/dispatch.h"
-#include "misses.h"
+#include "common/misses.h"
+#include "common/stream.h"
 #include "rebuild_float.cuh"
 
 namespace shadowkv {
@@ -22,8 +23,8 @@ void check_table_of_rotations(const char* op, const char* name, const Tensor& t,
 }  // namespace
 
 void rebuild_keys(Tensor coefficients, Tensor basis, Tensor prompt_index, Tensor rank, Tensor ids,
-                  Tensor slots, Tensor misses, Tensor cos, Tensor sin, Tensor table_index,
-                  bool interleaved, Tensor buffer) {
+                  Tensor slots, Tensor misses, Tensor miss_counts, Tensor cos, Tensor sin,
+                  Tensor table_index, bool interleaved, Tensor buffer) {
   constexpr const char* op = "rebuild_keys";
   const Device device(buffer, op, "buffer");
   check_sizes(buffer, op, "buffer", {-1, -1, -1, -1, -1});
@@ -46,8 +47,8 @@ void rebuild_keys(Tensor coefficients, Tensor basis, Tensor prompt_index, Tensor
   check_sizes(sin, op, "sin", {cos.size(0), cos.size(1), cos.size(2)});
   SHADOWKV_CHECK(2 * cos.size(2) <= dim, op, "cos turns ", 2 * cos.size(2),
                  " dimensions, keys have ", dim);
+  check_misses(op, ids, slots, misses, miss_counts, buffer);
   if (ids.numel() == 0 || buffer.numel() == 0) return;
-  const Misses found = find_misses(op, device, ids, slots, misses, buffer);
 
   RebuildParams p{};
   p.coefficients = coefficients.data_ptr();
@@ -62,8 +63,9 @@ void rebuild_keys(Tensor coefficients, Tensor basis, Tensor prompt_index, Tensor
   p.rank = static_cast<const int*>(rank.data_ptr());
   p.ids = static_cast<const int*>(ids.data_ptr());
   p.slots = static_cast<const int*>(slots.data_ptr());
-  p.list = found.list_ptr();
-  p.starts = found.starts_ptr();
+  p.misses = static_cast<const int*>(misses.data_ptr());
+  p.miss_counts = static_cast<const int*>(miss_counts.data_ptr());
+  p.wanted = static_cast<int>(ids.size(2));
   p.cos = cos.data_ptr();
   p.cos_table = cos.stride(0);
   p.cos_token = cos.stride(1);

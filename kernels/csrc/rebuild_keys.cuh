@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(REBUILD_WARPS * 32, 2)
   __shared__ TileRows<REBUILD_ROWS> rows;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t r = blockIdx.z, head = blockIdx.y, plane = r * p.heads + head;
-  const int64_t missing = p.starts[plane + 1] - p.starts[plane];
+  const int64_t missing = p.miss_counts[plane];
   if (static_cast<int64_t>(blockIdx.x) * REBUILD_ROWS >= missing * p.chunk_size) return;
   find_rows(p, plane, rows);
   __syncthreads();

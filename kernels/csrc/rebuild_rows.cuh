@@ -17,15 +17,15 @@ struct RebuildParams {
   const int* rank;          // [R]
   const int* ids;           // [R, Hk, N]
   const int* slots;         // [R, Hk, N]
-  const int* list;          // of misses
-  const int* starts;        // [R * Hk + 1], where each head's begin
+  const int* misses;        // [R, Hk, N], places in ids
+  const int* miss_counts;   // [R, Hk]
   const void* cos;          // [T, S', E]
   const void* sin;
   int64_t cos_table, cos_token, sin_table, sin_token;
   const int* table_index;  // [P]
   void* buffer;            // [R, Hk, B, c, D]
   int64_t buffer_row, buffer_head, buffer_slot, buffer_token;
-  int heads, columns, chunk_size, pairs;
+  int heads, wanted, columns, chunk_size, pairs;
   bool interleaved;
 };
 
@@ -38,17 +38,19 @@ struct TileRows {
 
 template <int ROWS>
 __device__ void find_rows(const RebuildParams& p, int64_t plane, TileRows<ROWS>& rows) {
-  const int start = p.starts[plane];
-  const int64_t count = static_cast<int64_t>(p.starts[plane + 1] - start) * p.chunk_size;
+  const int* ids = p.ids + plane * p.wanted;
+  const int* slots = p.slots + plane * p.wanted;
+  const int* misses = p.misses + plane * p.wanted;
+  const int64_t count = static_cast<int64_t>(p.miss_counts[plane]) * p.chunk_size;
   for (int i = threadIdx.x; i < ROWS; i += blockDim.x) {
     const int64_t place = static_cast<int64_t>(blockIdx.x) * ROWS + i;
     rows.token[i] = -1;
     if (place < count) {
       const int chunk = static_cast<int>(place / p.chunk_size);
       const int token = static_cast<int>(place - static_cast<int64_t>(chunk) * p.chunk_size);
-      const int flat = p.list[start + chunk];
-      rows.token[i] = p.ids[flat] * p.chunk_size + token;
-      rows.target[i] = p.slots[flat] * p.buffer_slot + token * p.buffer_token;
+      const int wanted = misses[chunk];
+      rows.token[i] = ids[wanted] * p.chunk_size + token;
+      rows.target[i] = slots[wanted] * p.buffer_slot + token * p.buffer_token;
     }
   }
 }

@@ -8,10 +8,34 @@
 
 namespace shadowkv {
 
+constexpr int KEYS_A_THREAD = 16;  // loads in flight
+
 __device__ inline uint32_t ordered(float score) {
   if (score == -INFINITY) return 0;
   const uint32_t bits = __float_as_uint(score);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+/// Keys of chunks `SELECT_THREADS` apart; returns how many of them may be chosen.
+__device__ inline int rank_chunks(const SelectParams& p, const float* logits, const float* norms,
+                                  int base, int count, uint32_t* keys) {
+  float best[KEYS_A_THREAD];
+#pragma unroll
+  for (int i = 0; i < KEYS_A_THREAD; ++i) best[i] = -INFINITY;
+  for (int g = 0; g < p.group; ++g, logits += p.chunks) {
+#pragma unroll
+    for (int i = 0; i < KEYS_A_THREAD; ++i) {
+      const int c = base + i * SELECT_THREADS;
+      if (c < count) best[i] = fmaxf(best[i], logits[c] - norms[g]);
+    }
+  }
+  int selectable = 0;
+#pragma unroll
+  for (int i = 0; i < KEYS_A_THREAD; ++i) {
+    const int c = base + i * SELECT_THREADS;
+    if (c < count) selectable += (keys[c] = ordered(best[i])) != 0;
+  }
+  return selectable;
 }
 
 /// Grid [Hk, R]: the ids of the best chunks of a row and KV head, ascending, then -1.
@@ -39,14 +63,8 @@ __global__ void __launch_bounds__(SELECT_THREADS)
   }
   __syncthreads();
   uint64_t mine = 0, selectable;
-  for (int c = threadIdx.x; c < count; c += blockDim.x) {
-    const float* logits = p.logits + plane * p.group * p.chunks + c;
-    float score = -INFINITY;
-    for (int g = 0; g < p.group; ++g) {
-      score = fmaxf(score, logits[static_cast<int64_t>(g) * p.chunks] - norms[g]);
-    }
-    keys[c] = ordered(score);
-    mine += keys[c] != 0;
+  for (int base = threadIdx.x; base < count; base += KEYS_A_THREAD * SELECT_THREADS) {
+    mine += rank_chunks(p, p.logits + plane * p.group * p.chunks, norms, base, count, keys);
   }
   scan_block(mine, room.scan, selectable);
   const int wanted = min(max(min(p.budget_chunks[blockIdx.y], p.max_chunks), 0),

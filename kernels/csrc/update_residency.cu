@@ -12,8 +12,8 @@ constexpr int64_t MOST_SHARED_WORDS = 16 * 1024;
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> update_residency(Tensor ids, Tensor step, Tensor chunk_of_slot,
-                                            Tensor last_used, Tensor slot_of_chunk) {
+std::tuple<Tensor, Tensor, Tensor> update_residency(Tensor ids, Tensor step, Tensor chunk_of_slot,
+                                                    Tensor last_used, Tensor slot_of_chunk) {
   constexpr const char* op = "update_residency";
   const Device device(ids, op, "ids");
   check_table(ids, op, "ids", ids, {-1, -1, -1});
@@ -27,8 +27,9 @@ std::tuple<Tensor, Tensor> update_residency(Tensor ids, Tensor step, Tensor chun
                  wanted, " chunks selected");
 
   Tensor slots = torch::stable::new_empty(ids, {rows, heads, wanted});
-  Tensor misses = torch::stable::new_empty(ids, {rows, heads, wanted}, ScalarType::Bool);
-  if (ids.numel() == 0) return {slots, misses};
+  Tensor misses = torch::stable::new_empty(ids, {rows, heads, wanted});
+  Tensor counts = torch::stable::new_empty(ids, {rows, heads});
+  if (ids.numel() == 0) return {slots, misses, torch::stable::zero_(counts)};
   ResidencyParams p{};
   p.ids = static_cast<const int*>(ids.data_ptr());
   p.step = static_cast<const int*>(step.data_ptr());
@@ -36,7 +37,8 @@ std::tuple<Tensor, Tensor> update_residency(Tensor ids, Tensor step, Tensor chun
   p.last_used = static_cast<int*>(last_used.data_ptr());
   p.slot_of_chunk = static_cast<int*>(slot_of_chunk.data_ptr());
   p.slots = static_cast<int*>(slots.data_ptr());
-  p.misses = static_cast<bool*>(misses.data_ptr());
+  p.misses = static_cast<int*>(misses.data_ptr());
+  p.miss_counts = static_cast<int*>(counts.data_ptr());
   p.heads = static_cast<int>(heads);
   p.wanted = static_cast<int>(wanted);
   p.buffer = static_cast<int>(buffer);
@@ -49,7 +51,7 @@ std::tuple<Tensor, Tensor> update_residency(Tensor ids, Tensor step, Tensor chun
   device.allow_shared(place_chunks, MOST_SHARED_WORDS * sizeof(uint32_t));
   place_chunks<<<dim3(heads, rows), RESIDENCY_THREADS, bytes, device.stream()>>>(p);
   device.check_launch();
-  return {slots, misses};
+  return {slots, misses, counts};
 }
 
 }  // namespace shadowkv

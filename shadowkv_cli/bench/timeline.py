@@ -12,7 +12,6 @@ STEPS = 4
 PHASES = {
     "select": ("score_chunks", "select_best"),
     "residency": ("place_chunks",),
-    "misses": ("list_misses",),
     "fetch": ("copy_chunks",),
     "rebuild": ("rebuild_tiles", "rebuild_float"),
     "attention": ("attend_tiles", "attend_tokens", "merge_splits", "flash", "fmha"),

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from shadowkv_cli import ops
 from shadowkv_cli.config import Kept, SparseSpec
-from shadowkv_cli.methods.sparse import SparseGroup
+from shadowkv_cli.methods.sparse import Placed, SparseGroup
 from shadowkv_cli.methods.store import Prompt
 
 
@@ -21,14 +21,12 @@ class ExactGroup(SparseGroup):
     def outlier_tokens(self, layer: int, row: int, prompt: Prompt, k: Tensor) -> Tensor:
         return self.prompt_index.new_empty(k.shape[0], 0).long()
 
-    def load_keys(self, layer: int, ids: Tensor, slots: Tensor, misses: Tensor) -> None:
-        self._load(self.store.keys[layer], self.keys[layer], ids, slots, misses)
+    def load_keys(self, layer: int, placed: Placed) -> None:
+        self._load(self.store.keys[layer], self.keys[layer], placed)
 
-    def load_values(self, layer: int, ids: Tensor, slots: Tensor, misses: Tensor) -> None:
-        self._load(self.store.values[layer], self.values[layer], ids, slots, misses)
+    def load_values(self, layer: int, placed: Placed) -> None:
+        self._load(self.store.values[layer], self.values[layer], placed)
 
-    def _load(
-        self, source: Tensor, space: Tensor, ids: Tensor, slots: Tensor, misses: Tensor
-    ) -> None:
+    def _load(self, source: Tensor, space: Tensor, placed: Placed) -> None:
         chunks = self.store.chunked(source, self.chunk_size)
-        ops.fetch_values(chunks, self.prompt_index, ids, slots, misses, self.buffer(space))
+        ops.fetch_values(chunks, self.prompt_index, *placed, self.buffer(space))

@@ -11,7 +11,7 @@ from shadowkv_cli import ops
 from shadowkv_cli.config import Kept, ShadowKVSpec, SparseSpec, buffer_slots
 from shadowkv_cli.methods.base import Row
 from shadowkv_cli.methods.side_stream import SideStream
-from shadowkv_cli.methods.sparse import SparseGroup
+from shadowkv_cli.methods.sparse import Placed, SparseGroup
 from shadowkv_cli.methods.store import Prompt, PromptStore
 
 
@@ -25,7 +25,7 @@ class ShadowKVGroup(SparseGroup):
         self.layout = (self.chunk_size, first.landmarks_per_chunk)
         self.placement = first.value_placement
         if self.placement == "host" and store.device.type == "cuda":
-            self.sides = (SideStream(store.device), SideStream(store.device))
+            self.key_stream = SideStream(store.device)
         ranks = [spec.rank for spec in self.specs if isinstance(spec, ShadowKVSpec)]
         self.max_rank = max(ranks)
         self.rank = torch.tensor(ranks, dtype=torch.int32, device=store.device)
@@ -69,17 +69,15 @@ class ShadowKVGroup(SparseGroup):
             scale,
         )
 
-    def load_values(self, layer: int, ids: Tensor, slots: Tensor, misses: Tensor) -> None:
+    def load_values(self, layer: int, placed: Placed) -> None:
         ops.fetch_values(
             self.store.chunked_values(layer, self.chunk_size, self.placement),
             self.prompt_index,
-            ids,
-            slots,
-            misses,
+            *placed,
             self.buffer(self.values[layer]),
         )
 
-    def load_keys(self, layer: int, ids: Tensor, slots: Tensor, misses: Tensor) -> None:
+    def load_keys(self, layer: int, placed: Placed) -> None:
         tables = self.store.tables
         assert tables is not None, "rotary tables come before the first step"
         cos, sin = tables.halves()
@@ -88,9 +86,7 @@ class ShadowKVGroup(SparseGroup):
             self.store.basis[layer][:, :, : self.max_rank],
             self.prompt_index,
             self.rank,
-            ids,
-            slots,
-            misses,
+            *placed,
             cos,
             sin,
             tables.index,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +28,9 @@ class SideStream:
     is allocated beside, too.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device, priority=-1)
+    def __init__(self, device: torch.device, priority: int = -1) -> None:
+        """Of two streams that have work, the one with the lower priority number goes first."""
+        self.stream = torch.cuda.Stream(device, priority=priority)
 
     @contextmanager
     def forked(self) -> Iterator[Join]:
@@ -39,3 +40,8 @@ class SideStream:
         with torch.cuda.stream(self.stream):
             yield join
             join.event = self.stream.record_event()
+
+
+def beside(stream: SideStream | None) -> AbstractContextManager[Join]:
+    """Issue work on a side stream, or where there is none on the current one."""
+    return nullcontext(Join()) if stream is None else stream.forked()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from shadowkv_cli import ops
 from shadowkv_cli.config import Kept, SparseSpec, buffer_slots
 from shadowkv_cli.methods.base import Group, Row
-from shadowkv_cli.methods.side_stream import Join, SideStream
+from shadowkv_cli.methods.side_stream import SideStream, beside
 from shadowkv_cli.methods.store import Prompt, PromptStore
 
 NEVER_FREE = torch.iinfo(torch.int32).max
@@ -51,15 +50,13 @@ class Residency:
         self.last_used.masked_fill_(beyond[:, None], NEVER_FREE)
 
 
-@dataclass(frozen=True)
-class _AtHand:
-    """A layer's selected chunks, and where they are once all has been joined."""
+class Placed(NamedTuple):
+    """A layer's selected chunks, their slots, and which are not there yet."""
 
-    ids: Tensor
-    misses: Tensor  # of values
-    key_slots: Tensor
-    value_slots: Tensor
-    joins: tuple[Join, Join]
+    ids: Tensor  # int32 [R, Hk, N]
+    slots: Tensor  # int32 [R, Hk, N]
+    misses: Tensor  # int32 [R, Hk, N], places in `ids`
+    miss_counts: Tensor  # int32 [R, Hk]
 
 
 class SparseGroup(Group):
@@ -115,9 +112,12 @@ class SparseGroup(Group):
         self.row_kept: list[Kept] = kept
         self.fetched = torch.zeros(new_tokens + 1, count, dtype=torch.int64, device=device)
         self.selected = torch.zeros_like(self.fetched)  # by step and row
+        self._counted: tuple[Tensor, Tensor]  # of the last layer: selected chunks, misses
         self._to_count: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.sides: tuple[SideStream, SideStream] | None = None
-        """Where values are fetched and keys rebuilt beside the rest; None: one after the other."""
+        self.stream: SideStream | None = None
+        """Where a lane attends beside the others."""
+        self.key_stream: SideStream | None = None
+        """Where keys are rebuilt beside the values' fetch; None: one after the other."""
         self._parts: list[SparseGroup] = []
 
     def take_rows(self, rows: Sequence[int], index: slice | Tensor) -> None:
@@ -157,11 +157,11 @@ class SparseGroup(Group):
         """Choose this step's chunks: int32 [R, Hk, N] ascending, then -1."""
 
     @abstractmethod
-    def load_keys(self, layer: int, ids: Tensor, slots: Tensor, misses: Tensor) -> None:
+    def load_keys(self, layer: int, placed: Placed) -> None:
         """Bring the keys of missing chunks into the key buffer."""
 
     @abstractmethod
-    def load_values(self, layer: int, ids: Tensor, slots: Tensor, misses: Tensor) -> None:
+    def load_values(self, layer: int, placed: Placed) -> None:
         """Bring the values of missing chunks into the value buffer."""
 
     @abstractmethod
@@ -210,43 +210,35 @@ class SparseGroup(Group):
         return space[:, :, self.fixed :].unflatten(2, (-1, self.chunk_size))
 
     def attend_token(self, layer: int, q: Tensor, scale: float) -> Tensor:
-        """Attend lane by lane: while one lane's values are fetched, the next one selects."""
+        """Attend lane by lane: while one lane waits for its values, the next ones select."""
         if not self.max_chunks:
             none = self.seen.new_empty(len(self.rows), self.shape.num_kv_heads, 0)
             return self._attend_slots(layer, q, none, none, scale)
         sizes = [len(lane.rows) for lane in self.lanes]
-        work = list(zip(self.lanes, q.split(sizes), self._counter.split(sizes), strict=True))
         selecting = q if self.drift is None else self.drift.queries[layer]
-        loaded = [
-            lane._select_and_load(layer, part, scale)
-            for lane, part in zip(self.lanes, selecting.split(sizes), strict=True)
-        ]
-        outputs = []
-        for (lane, part, counter), at_hand in zip(work, loaded, strict=True):
-            for join in at_hand.joins:
-                join.wait()
-            self._to_count.append((counter, at_hand.ids, at_hand.misses))
-            outputs.append(
-                lane._attend_slots(layer, part, at_hand.key_slots, at_hand.value_slots, scale)
-            )
+        parts = zip(self.lanes, selecting.split(sizes), q.split(sizes), strict=True)
+        outputs, joins = [], []
+        for lane, selecting_part, part in parts:
+            with beside(lane.stream) as there:
+                outputs.append(lane._attend_chunks(layer, selecting_part, part, scale))
+            joins.append(there)
+        for join in joins:
+            join.wait()
+        for lane, counter in zip(self.lanes, self._counter.split(sizes), strict=True):
+            self._to_count.append((counter, *lane._counted))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _select_and_load(self, layer: int, q: Tensor, scale: float) -> _AtHand:
-        """Select chunks and bring them to the buffers, beside everything else where that pays."""
-        ids = self.select(layer, q, scale)
-        value_slots, misses = self._place(self.value_tables[layer], ids)
-        with self._beside(0) as values_there:
-            self.load_values(layer, ids, value_slots, misses)
-        with self._beside(1) as keys_there:
-            key_slots, key_misses = value_slots, misses
-            if not self.one_table:
-                key_slots, key_misses = self._place(self.key_tables[layer], ids)
-            self.load_keys(layer, ids, key_slots, key_misses)
-        return _AtHand(ids, misses, key_slots, value_slots, (values_there, keys_there))
-
-    def _beside(self, which: int) -> AbstractContextManager[Join]:
-        """Do something on a side stream, where there are any; the join waits for it."""
-        return nullcontext(Join()) if self.sides is None else self.sides[which].forked()
+    def _attend_chunks(self, layer: int, selecting: Tensor, q: Tensor, scale: float) -> Tensor:
+        """Select chunks, bring them to the buffers, and attend: [R, Hq, D] to the same."""
+        ids = self.select(layer, selecting, scale)
+        values = self._place(self.value_tables[layer], ids)
+        with beside(self.key_stream) as keys_there:
+            keys = values if self.one_table else self._place(self.key_tables[layer], ids)
+            self.load_keys(layer, keys)
+        self.load_values(layer, values)
+        keys_there.wait()
+        self._counted = (ids, values.miss_counts)
+        return self._attend_slots(layer, q, keys.slots, values.slots, scale)
 
     def _attend_slots(
         self, layer: int, q: Tensor, key_slots: Tensor, value_slots: Tensor, scale: float
@@ -264,17 +256,27 @@ class SparseGroup(Group):
         )
         return out
 
-    def _place(self, table: Residency, ids: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.update_residency(
+    def _place(self, table: Residency, ids: Tensor) -> Placed:
+        found = ops.update_residency(
             ids, self.seen, table.chunk_of_slot, table.last_used, table.slot_of_chunk
         )
+        return Placed(ids, *found)
 
     def split_lanes(self, count: int) -> None:
         size = math.ceil(len(self.rows) / count)
         rows = range(len(self.rows))
         self._parts = []
-        if count > 1:
-            self._parts = [self.subset(rows[first : first + size]) for first in rows[::size]]
+        if count == 1:
+            return
+        self._parts = [self.subset(rows[first : first + size]) for first in rows[::size]]
+        if self.key_stream is None:
+            return
+        # What the first lane can do goes before all that later ones can do.
+        device, last = self.store.device, len(self._parts) - 1
+        for place, lane in enumerate(self._parts):
+            lane.stream, lane.key_stream = (
+                SideStream(device, priority=place - last) for _ in range(2)
+            )
 
     @property
     def lanes(self) -> Sequence[SparseGroup]:
@@ -300,8 +302,8 @@ class SparseGroup(Group):
         if not self._to_count:
             return
         counters, ids, misses = (torch.cat(parts) for parts in zip(*self._to_count, strict=True))
-        for counts, true in ((self.selected, ids >= 0), (self.fetched, misses)):
-            counts.view(-1).index_add_(0, counters, true.sum((1, 2)))
+        self.selected.view(-1).index_add_(0, counters, (ids >= 0).sum((1, 2)))
+        self.fetched.view(-1).index_add_(0, counters, misses.sum(1))
         self._to_count = []
 
     def reset(self) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from shadowkv_cli.config import Kept, SparseSpec, StreamingSpec
-from shadowkv_cli.methods.sparse import SparseGroup
+from shadowkv_cli.methods.sparse import Placed, SparseGroup
 from shadowkv_cli.methods.store import Prompt
 
 
@@ -26,8 +26,8 @@ class StreamingGroup(SparseGroup):
     def select(self, layer: int, q: Tensor, scale: float) -> Tensor:
         raise AssertionError("streaming selects nothing")
 
-    def load_keys(self, layer: int, ids: Tensor, slots: Tensor, misses: Tensor) -> None:
+    def load_keys(self, layer: int, placed: Placed) -> None:
         raise AssertionError("streaming loads nothing")
 
-    def load_values(self, layer: int, ids: Tensor, slots: Tensor, misses: Tensor) -> None:
+    def load_values(self, layer: int, placed: Placed) -> None:
         raise AssertionError("streaming loads nothing")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shadowkv_cli.ops import layer_cases
+from shadowkv_cli.ops.misses import list_misses
 
 Arguments = dict[str, Any]
 """In the order of the op's schema."""
@@ -134,14 +135,15 @@ def slots_for(s: Sizes, g: torch.Generator, ids: Tensor) -> Tensor:
     return slots.masked_fill(ids < 0, -1).to(torch.int32)
 
 
-def misses_of(s: Sizes, g: torch.Generator, ids: Tensor, share: float = 0.6) -> Tensor:
-    """bool [R, Hk, N]: all of row 0, none of row 1 where there are more than two."""
+def misses_of(s: Sizes, g: torch.Generator, ids: Tensor, share: float = 0.6) -> Arguments:
+    """All chunks of row 0, none of row 1 where there are more than two."""
     drawn = torch.rand(ids.shape, generator=g, device=s.device) < share
     if s.poison:
         drawn[0] = True
         if s.rows > 2:
             drawn[1] = False
-    return drawn & (ids >= 0)
+    misses, counts = list_misses(drawn & (ids >= 0))
+    return {"misses": misses, "miss_counts": counts}
 
 
 def empty_buffer(s: Sizes) -> Tensor:
@@ -209,7 +211,7 @@ def fetch_arguments(s: Sizes, *, pinned: bool = False, share: float = 0.6) -> Ar
         "prompt_index": s.prompt_index(g),
         "ids": ids,
         "slots": slots_for(s, g, ids),
-        "misses": misses_of(s, g, ids, share),
+        **misses_of(s, g, ids, share),
         "buffer": empty_buffer(s),
     }
 
@@ -231,7 +233,7 @@ def rebuild_arguments(s: Sizes, share: float = 0.6) -> Arguments:
         "rank": rank,
         "ids": ids,
         "slots": slots_for(s, g, ids),
-        "misses": misses_of(s, g, ids, share),
+        **misses_of(s, g, ids, share),
         "cos": angle.cos().to(s.dtype)[..., : s.pairs],
         "sin": angle.sin().to(s.dtype)[..., : s.pairs],
         "table_index": s.ints(g, 0, 1, s.prompts),

@@ -8,6 +8,7 @@ from torch import Tensor
 from shadowkv_cli.ops import compiled
 from shadowkv_cli.ops.chunk_rows import gather_chunks
 from shadowkv_cli.ops.library import check, define
+from shadowkv_cli.ops.misses import missing_places
 from shadowkv_cli.ops.rotary import rotate
 
 
@@ -39,6 +40,7 @@ def _reference(
     ids: Tensor,
     slots: Tensor,
     misses: Tensor,
+    miss_counts: Tensor,
     cos: Tensor,
     sin: Tensor,
     table_index: Tensor,
@@ -51,7 +53,7 @@ def _reference(
         "rebuild_keys",
         f"basis has {basis.shape[2]} rows, coefficients {columns} columns",
     )
-    head, row, place = misses.transpose(0, 1).nonzero(as_tuple=True)
+    head, row, place = missing_places(misses.transpose(0, 1))
     if not row.numel():
         return
     prompt, chunk = prompt_index[row].long(), ids[row, head, place].long()
@@ -60,7 +62,7 @@ def _reference(
         beyond = torch.arange(columns, device=ids.device) >= rank[row][:, None]
         kept.masked_fill_(beyond[:, None], 0)
     if basis.shape[0] == 1:
-        keys = _multiply_by_head(kept, basis[0], head, misses.sum((0, 2)))
+        keys = _multiply_by_head(kept, basis[0], head, miss_counts.sum(0))
     else:
         keys = torch.bmm(kept, basis[prompt, head])
     table = table_index[prompt].long()
@@ -77,6 +79,7 @@ def _fake(
     ids: Tensor,
     slots: Tensor,
     misses: Tensor,
+    miss_counts: Tensor,
     cos: Tensor,
     sin: Tensor,
     table_index: Tensor,
@@ -88,8 +91,8 @@ def _fake(
 
 define(
     "rebuild_keys(Tensor coefficients, Tensor basis, Tensor prompt_index, Tensor rank, Tensor ids, "
-    "Tensor slots, Tensor misses, Tensor cos, Tensor sin, Tensor table_index, bool interleaved, "
-    "Tensor(a!) buffer) -> ()",
+    "Tensor slots, Tensor misses, Tensor miss_counts, Tensor cos, Tensor sin, Tensor table_index, "
+    "bool interleaved, Tensor(a!) buffer) -> ()",
     _reference,
     _fake,
 )
@@ -103,6 +106,7 @@ def rebuild_keys(
     ids: Tensor,
     slots: Tensor,
     misses: Tensor,
+    miss_counts: Tensor,
     cos: Tensor,
     sin: Tensor,
     table_index: Tensor,
@@ -116,7 +120,7 @@ def rebuild_keys(
         basis: [P, Hk, r, D], B.
         prompt_index: int32 [R].
         rank: int32 [R], columns that a row uses; the first so many of r.
-        ids, slots, misses: [R, Hk, N] as in `fetch_values`.
+        ids, slots, misses, miss_counts: as in `fetch_values`.
         cos, sin: [T, S', D' / 2], rotary tables; D' dimensions of D are rotated.
         table_index: int32 [P], the table of each prompt.
         interleaved: the pairing, as in `rotary.rotate`.
@@ -130,6 +134,7 @@ def rebuild_keys(
         ids,
         slots,
         misses,
+        miss_counts,
         cos,
         sin,
         table_index,

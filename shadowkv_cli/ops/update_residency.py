@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from shadowkv_cli.ops.library import check, define
+from shadowkv_cli.ops.misses import list_misses
 
 
 def _reference(
     ids: Tensor, step: Tensor, chunk_of_slot: Tensor, last_used: Tensor, slot_of_chunk: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     slots_held, wanted = chunk_of_slot.shape[-1], ids.shape[-1]
     check(
         slots_held >= wanted,
@@ -22,16 +23,17 @@ def _reference(
     slots = slot_of_chunk.gather(2, index).masked_fill(~valid, -1)
     hits = (slots >= 0).nonzero(as_tuple=True)
     last_used[hits[0], hits[1], slots[hits].long()] = step[hits[0]]
-    misses = valid & (slots < 0)
-    if not bool(misses.any()):
-        return slots, misses
+    missing = valid & (slots < 0)
+    misses, counts = list_misses(missing)
+    if not bool(counts.any()):
+        return slots, misses, counts
     # Slots hit in this step are the newest.
     oldest = last_used.argsort(dim=-1, stable=True)
     rank = torch.arange(slots_held, device=ids.device)
-    kept = rank >= misses.sum(-1, keepdim=True)
+    kept = rank >= counts[..., None]
     free = oldest.masked_fill(kept, slots_held).sort(-1).values
-    order = (misses.cumsum(-1) - 1).clamp_min(0)
-    new = misses.nonzero(as_tuple=True)
+    order = (missing.cumsum(-1) - 1).clamp_min(0)
+    new = missing.nonzero(as_tuple=True)
     row, head = new[0], new[1]
     taken = free.gather(2, order)[new]
     evicted = chunk_of_slot[row, head, taken].long()
@@ -41,18 +43,18 @@ def _reference(
     chunk_of_slot[row, head, taken] = ids[new]
     last_used[row, head, taken] = step[row]
     slots[new] = taken.to(torch.int32)
-    return slots, misses
+    return slots, misses, counts
 
 
 def _fake(
     ids: Tensor, step: Tensor, chunk_of_slot: Tensor, last_used: Tensor, slot_of_chunk: Tensor
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(ids), torch.empty_like(ids, dtype=torch.bool)
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(ids), torch.empty_like(ids), ids.new_empty(ids.shape[:2])
 
 
 define(
     "update_residency(Tensor ids, Tensor step, Tensor(a!) chunk_of_slot, Tensor(b!) last_used, "
-    "Tensor(c!) slot_of_chunk) -> (Tensor, Tensor)",
+    "Tensor(c!) slot_of_chunk) -> (Tensor, Tensor, Tensor)",
     _reference,
     _fake,
 )
@@ -60,7 +62,7 @@ define(
 
 def update_residency(
     ids: Tensor, step: Tensor, chunk_of_slot: Tensor, last_used: Tensor, slot_of_chunk: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Find the selected chunks in a buffer of slots, and give the missing ones the oldest slots.
 
     Of k chunks that are missing, in their order, the j-th takes the j-th in order of the k least
@@ -78,7 +80,8 @@ def update_residency(
         slot_of_chunk: int32 [R, Hk, C], the slot of each chunk or -1; changed in place.
 
     Returns:
-        int32 [R, Hk, N] slot of each selected chunk (-1 where none is), and bool [R, Hk, N], true
-        where it has to be brought there.
+        int32 [R, Hk, N] slot of each selected chunk (-1 where none is); int32 [R, Hk, N], the
+        places in the selection of the chunks that have to be brought there, ascending, then -1; and
+        int32 [R, Hk], how many these are.
     """
     return torch.ops.shadowkv.update_residency(ids, step, chunk_of_slot, last_used, slot_of_chunk)
