@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
@@ -18,7 +18,12 @@ OUTLIER_TOKENS_PER_BUDGET = Fraction(192, 1024)
 MAX_BUFFER = 1_000_000
 """Multiples of the selected chunks: far more than any prompt has."""
 
+SCALE_BYTES = 4
+"""Of the float32 that scales a chunk of values, or a landmark, in fp8."""
+
 Placement = Literal["device", "host"]
+StoredDtype = Literal["model", "fp8"]
+"""How a tensor is kept: in the dtype that the model runs in, whichever that is, or in 8 bits."""
 DenseFallback = Literal["auto", "never"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -150,6 +155,38 @@ class CacheBytes:
     host: int
 
 
+@dataclass(frozen=True)
+class ValueForm:
+    """How a prompt's values are kept in a layer.
+
+    Attributes:
+        placement: beside the model, or in pinned host memory.
+        fp8_chunk_size: tokens of a KV head that share a scale, in fp8; None: the model's dtype.
+    """
+
+    placement: Placement
+    fp8_chunk_size: int | None = None
+
+    def data_bytes(self, shape: ModelShape, tokens: int) -> int:
+        """Of one layer of one prompt, where `placement` says."""
+        return tokens * shape.key_width * (1 if self.fp8_chunk_size else shape.element_bytes)
+
+    def scale_bytes(self, shape: ModelShape, tokens: int) -> int:
+        """Of the scales of one layer of one prompt, which always lie beside the model."""
+        chunks = tokens // self.fp8_chunk_size if self.fp8_chunk_size else 0
+        return chunks * shape.num_kv_heads * SCALE_BYTES
+
+
+def layer_bytes(forms: Collection[ValueForm], shape: ModelShape, tokens: int) -> CacheBytes:
+    """Bytes of the values of one layer of one prompt in several forms."""
+    # Scales of one chunk size serve values in both places.
+    device = sum({f.fp8_chunk_size: f.scale_bytes(shape, tokens) for f in forms}.values())
+    device += sum(f.data_bytes(shape, tokens) for f in forms if f.placement == "device")
+    return CacheBytes(
+        device, sum(f.data_bytes(shape, tokens) for f in forms if f.placement == "host")
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodSpec:
     """Settings of one KV method. Its fields are the options that the command line may set."""
@@ -268,6 +305,9 @@ class ShadowKVSpec(SparseSpec):
         value_buffer: chunks of values held beside the model, as a multiple of those selected;
             1 keeps what the last step selected (the paper's policy), more is a larger LRU buffer.
         key_buffer: the same for rebuilt keys.
+        value_dtype: of the prompt's values where they lie; in `fp8` (e4m3, one scale a chunk and KV
+            head) they become the model's dtype again as they are fetched.
+        landmark_dtype: of the landmarks; in `fp8` with one scale each.
     """
 
     name: ClassVar[str] = "shadowkv"
@@ -278,6 +318,8 @@ class ShadowKVSpec(SparseSpec):
     value_placement: Placement = "device"
     value_buffer: float = 1.0
     key_buffer: float = 1.0
+    value_dtype: StoredDtype = "model"
+    landmark_dtype: StoredDtype = "model"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -315,15 +357,25 @@ class ShadowKVSpec(SparseSpec):
         slots = buffer_slots(kept.selected_chunks, self.value_buffer)
         slots += buffer_slots(kept.selected_chunks, self.key_buffer)
         elements = width * (2 * fixed + slots * self.chunk_size)
-        elements += width * (prompt_tokens // self.chunk_size) * self.landmarks_per_chunk
         elements += self.rank * (prompt_tokens + width)
-        layer_values = width * prompt_tokens
-        on_host = self.value_placement == "host"
-        per_element = shape.num_layers * shape.element_bytes
-        return CacheBytes(
-            per_element * (elements + (0 if on_host else layer_values)),
-            per_element * layer_values if on_host else 0,
+        values = layer_bytes([self.value_form], shape, prompt_tokens)
+        a_layer = elements * shape.element_bytes + self.landmark_bytes(shape, prompt_tokens)
+        layers = shape.num_layers
+        return CacheBytes(layers * (a_layer + values.device), layers * values.host)
+
+    @property
+    def value_form(self) -> ValueForm:
+        """How the values of the prompt are kept."""
+        return ValueForm(
+            self.value_placement, self.chunk_size if self.value_dtype == "fp8" else None
         )
+
+    def landmark_bytes(self, shape: ModelShape, tokens: int) -> int:
+        """Of the landmarks of one layer of one prompt, with their scales."""
+        count = tokens // self.chunk_size * self.landmarks_per_chunk * shape.num_kv_heads
+        if self.landmark_dtype == "fp8":
+            return count * (shape.head_dim + SCALE_BYTES)
+        return count * shape.head_dim * shape.element_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,8 +49,7 @@ def step_bytes(spec: MethodSpec, shape: ModelShape, prompt_tokens: int) -> int:
     read = shape.kv_bytes(spec.keeps(prompt_tokens).tokens)
     per_token = shape.num_layers * shape.element_bytes
     if isinstance(spec, ShadowKVSpec):
-        chunks = prompt_tokens // spec.chunk_size
-        read += per_token * chunks * spec.landmarks_per_chunk * shape.key_width
+        read += shape.num_layers * spec.landmark_bytes(shape, prompt_tokens)
         read += per_token * spec.keeps(prompt_tokens).selected_tokens * spec.rank
     if spec.name == "oracle":
         read += shape.kv_bytes(prompt_tokens) // 2

@@ -194,6 +194,13 @@ class MethodOptions:
         _many("FACTOR", "Values held beside the model, as a multiple of the chunks selected"),
     ] = None
     key_buffer: Annotated[list[str] | None, _many("FACTOR", "The same for rebuilt keys")] = None
+    value_dtype: Annotated[
+        list[str] | None,
+        _many("model|fp8", "Values where they lie: as the model has them, or 8 bits and scales"),
+    ] = None
+    landmark_dtype: Annotated[
+        list[str] | None, _many("model|fp8", "The same for landmarks, which select chunks")
+    ] = None
 
     def specs(self, *, star: bool = False) -> list[MethodSpec]:
         """Every combination of the settings given, applied to every method.

@@ -10,7 +10,9 @@ from shadowkv_cli.config import (
     ModelShape,
     ShadowKVSpec,
     SparseSpec,
+    ValueForm,
     buffer_slots,
+    layer_bytes,
 )
 
 
@@ -23,17 +25,24 @@ def shared_cache_bytes(
     prompt's own data, and its buffers, are its own.
     """
     shadow = [spec for spec in specs if isinstance(spec, ShadowKVSpec)]
-    width, per_element = shape.key_width, shape.num_layers * shape.element_bytes
+    width = shape.key_width
+    forms = {spec.value_form for spec in shadow}
     exact = any(spec.name in ("full", "oracle", "random") for spec in specs)
-    elements = width * 2 * (prompt_tokens + new_tokens) if exact else 0
-    if not exact and any(spec.value_placement == "device" for spec in shadow):
-        elements += width * prompt_tokens  # values alone
+    elements = 0
+    if exact:
+        elements += width * 2 * (prompt_tokens + new_tokens)
+        forms.discard(ValueForm("device"))  # they are among these
     elements += max((spec.rank for spec in shadow), default=0) * (prompt_tokens + width)
-    for chunk_size, count in {(s.chunk_size, s.landmarks_per_chunk) for s in shadow}:
-        elements += width * (prompt_tokens // chunk_size) * count
     elements += width * sum(_own_tokens(spec, prompt_tokens, new_tokens) for spec in specs)
-    on_host = any(spec.value_placement == "host" for spec in shadow)
-    return CacheBytes(per_element * elements, per_element * width * prompt_tokens if on_host else 0)
+    landmarks = {
+        (s.chunk_size, s.landmarks_per_chunk, s.landmark_dtype): s.landmark_bytes(
+            shape, prompt_tokens
+        )
+        for s in shadow
+    }
+    values = layer_bytes(forms, shape, prompt_tokens)
+    device = elements * shape.element_bytes + sum(landmarks.values()) + values.device
+    return CacheBytes(shape.num_layers * device, shape.num_layers * values.host)
 
 
 def _own_tokens(spec: MethodSpec, prompt_tokens: int, new_tokens: int) -> int:

@@ -287,6 +287,8 @@ def test_every_field_can_be_set_by_its_text() -> None:
         "value_placement": "host",
         "value_buffer": "2.5",
         "key_buffer": "1.5",
+        "value_dtype": "fp8",
+        "landmark_dtype": "fp8",
         "seed": "7",
         "sink_tokens": "9",
     }
@@ -326,6 +328,8 @@ def test_every_field_can_be_set_by_its_text() -> None:
         (["shadowkv"], {"value_buffer": "0.5"}, ["value_buffer", "0.5", "at least 1"]),
         (["shadowkv"], {"value_buffer": "nan"}, ["value_buffer", "nan"]),
         (["shadowkv"], {"key_buffer": "inf"}, ["key_buffer", "inf"]),
+        (["shadowkv"], {"value_dtype": "bf16"}, ["value_dtype", "bf16", "model", "fp8"]),
+        (["shadowkv"], {"landmark_dtype": "e5m2"}, ["landmark_dtype", "e5m2", "model", "fp8"]),
         (["shadowkv"], {"dense_fallback": "yes"}, ["dense_fallback", "yes", "auto", "never"]),
         (["streaming"], {"sink_tokens": "-1"}, ["sink_tokens", "-1"]),
         (["full"], {"rank": "4"}, ["--rank", "full"]),
@@ -460,13 +464,17 @@ def held_bytes(spec: MethodSpec, shape: ModelShape, tokens: int, new: int) -> di
         tables += [t for x in held for t in (x.chunk_of_slot, x.last_used, x.slot_of_chunk)]
     tables = list({id(t): t for t in tables}.values()) + list(getattr(group, "excluded", []))
     landmarks = [t for layers in store.landmarks.values() for t in layers]
+    landmarks += [t for layers in store.landmark_scales.values() for t in layers]
     similarity = [t for layers in store.similarity.values() for t in layers]
     # What follows the prompt is full attention's; `test_methods.py` says who must not have it.
     values = [
-        t if spec.name != "shadowkv" else t[:, :, : store.prompt_tokens] for t in store.values
+        t if spec.name != "shadowkv" else t[:, :, : store.prompt_tokens]
+        for layers in store.value_store.held.values()
+        for t in layers.values()
     ]
+    values += [t for layers in store.value_store.scales.values() for t in layers.values()]
     return {
-        "keys and values": nbytes(*store.keys, *values, *store.host_values),
+        "keys and values": nbytes(*store.keys, *values),
         "low rank": nbytes(*store.coefficients, *store.basis),
         "landmarks": nbytes(*landmarks),
         "spaces": nbytes(*spaces),
@@ -495,6 +503,7 @@ def test_bytes_of_full_attention(tokens: int, element_bytes: int) -> None:
         {"rank": 32, "landmarks_per_chunk": 2},
         {"value_buffer": 4.0, "key_buffer": 2.0},
         {"chunk_size": 16, "outlier_chunks": 0, "local_chunks": 0},
+        {"value_dtype": "fp8", "landmark_dtype": "fp8", "landmarks_per_chunk": 2},
     ],
     ids=str,
 )
@@ -507,12 +516,13 @@ def test_bytes_of_shadowkv(tokens: int, fields: dict[str, object], placement: st
     counted = spec.cache_bytes(BYTES_SHAPE, tokens, new)
     kept = spec.keeps(tokens)
     token_bytes = 2 * 256 * 2  # of two layers, keys or values
-    values = tokens * token_bytes
+    values = tokens * token_bytes // (2 if spec.value_dtype == "fp8" else 1)
     assert counted.host == (values if placement == "host" else 0)
     # Rounded up to a chunk: the prompt, and so the budget, an outlier and the slots by one each.
     spare = 2 * token_bytes * (2 * size)
     spare += token_bytes * size * (2 + math.ceil(spec.value_buffer) + math.ceil(spec.key_buffer))
     spare += size * (token_bytes + 2 * 2 * spec.rank) + token_bytes * spec.landmarks_per_chunk
+    spare += 2 * 4 * 4  # a scale a layer and head
     total = sum(v for k, v in held.items() if k != "bookkeeping")
     over = total - counted.device - counted.host
     case = (tokens, fields, placement, kept, held)

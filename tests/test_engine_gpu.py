@@ -18,7 +18,11 @@ from shadowkv_cli.testing import FAMILIES, tiny_model
 pytestmark = pytest.mark.gpu
 
 SMALL = {"rank": "16", "sparse_budget": "32"}
-METHODS = ["full", "shadowkv", "shadowkv:value_placement=host", "oracle", "random", "streaming"]
+FP8 = "shadowkv:value_placement=host,value_dtype=fp8,landmark_dtype=fp8"
+METHODS = [
+    *("full", "shadowkv", "shadowkv:value_placement=host", FP8),
+    *("oracle", "random", "streaming"),
+]
 
 
 def on_gpu(family: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 64) -> LoadedModel:
@@ -90,13 +94,16 @@ LAYOUTS = list(
 )
 
 
-def test_where_chunks_lie_and_who_works_on_them_changes_no_bit() -> None:
+@pytest.mark.parametrize("kept_in", ["model", "fp8"])
+def test_where_chunks_lie_and_who_works_on_them_changes_no_bit(kept_in: str) -> None:
     loaded = on_gpu("llama")
     tokens = torch.tensor(prompt_of(40, seed=2), device="cuda")
     expected = None
     for placement, (value_buffer, key_buffer), lanes, captures in LAYOUTS:
         settings = SMALL | {
             "value_placement": placement,
+            "value_dtype": kept_in,
+            "landmark_dtype": kept_in,
             "value_buffer": str(value_buffer),
             "key_buffer": str(key_buffer),
         }

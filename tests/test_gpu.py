@@ -10,7 +10,7 @@ import torch
 
 from shadowkv_cli.cells import build_specs
 from shadowkv_cli.cli import run
-from shadowkv_cli.config import FullSpec
+from shadowkv_cli.config import FullSpec, ValueForm
 from shadowkv_cli.model.loading import LoadedModel, describe
 from shadowkv_cli.model.session import Session
 from shadowkv_cli.results import read_run
@@ -68,7 +68,8 @@ def test_shadowkv_that_keeps_everything_equals_full(
     assert shadow == full
     assert session.audit(1, NEW_TOKENS - 1)["selected"] > 0
     if placement == "host":
-        assert all(values.is_pinned() for values in session.store.host_values)
+        held = session.store.value_store.held[ValueForm("host")]
+        assert all(values.is_pinned() for values in held.values())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -139,15 +139,21 @@ def best_of_group(arguments: dict[str, Any]) -> Tensor:
     barred = (wide["excluded"] | beyond[:, None])[:, :, None]
     module = importlib.import_module("shadowkv_cli.ops.select_chunks")
     scores = module.landmark_scores(
-        wide["query"], wide["landmarks"], wide["prompt_index"], wide["scale"]
+        wide["query"],
+        wide["landmarks"],
+        wide["landmark_scales"],
+        wide["prompt_index"],
+        wide["scale"],
     )
     scores = scores.masked_fill(barred, -math.inf).log_softmax(-1)
     return scores.masked_fill(barred, -math.inf).amax(2)
 
 
 @every_size
-def test_select_chunks(sizes: Sizes) -> None:
+@pytest.mark.parametrize("fp8", [False, True])
+def test_select_chunks(sizes: Sizes, fp8: bool) -> None:
     """Unique, ascending, as many as exist, none below the k-th by more than an epsilon."""
+    sizes = replace(sizes, fp8=fp8)
     arguments = cases.select_arguments(sizes)
     ids, scores = kernel("select_chunks", arguments), best_of_group(arguments)
     assert ids.shape == (sizes.rows, sizes.heads, sizes.wanted)
@@ -202,12 +208,55 @@ def test_update_residency(sizes: Sizes) -> None:
 
 @every_size
 @pytest.mark.parametrize("pinned", [False, True])
-def test_fetch_values(sizes: Sizes, pinned: bool) -> None:
+@pytest.mark.parametrize("fp8", [False, True])
+def test_fetch_values(sizes: Sizes, pinned: bool, fp8: bool) -> None:
+    """Equal to the bit, also where fp8 is scaled and rounded on the way."""
+    sizes = replace(sizes, fp8=fp8)
     arguments = cases.fetch_arguments(sizes, pinned=pinned and DEVICE == "cuda")
     theirs = copied(arguments)
     kernel("fetch_values", arguments)
     reference("fetch_values", theirs)
     assert same_bits(arguments["buffer"], theirs["buffer"]), sizes
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize(("dim", "chunk_size"), [(1, 1), (2, 3), (4, 5), (12, 2), (16, 1), (80, 8)])
+def test_fetch_values_converts_chunks_of_any_size(
+    dtype: torch.dtype, dim: int, chunk_size: int
+) -> None:
+    """Where words of 16 or of 4 bytes do not fit, too."""
+    sizes = Sizes(dim=dim, chunk_size=chunk_size, dtype=dtype, fp8=True, device=DEVICE)
+    for pinned in (False, DEVICE == "cuda"):
+        arguments = cases.fetch_arguments(sizes, pinned=pinned)
+        theirs = copied(arguments)
+        kernel("fetch_values", arguments)
+        reference("fetch_values", theirs)
+        assert same_bits(arguments["buffer"], theirs["buffer"]), (sizes, pinned)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_fetch_values_converts_every_byte(dtype: torch.dtype) -> None:
+    """All 256 of them, times scales of every size."""
+    bytes_of_all = torch.arange(256, dtype=torch.uint8, device=DEVICE)
+    values = bytes_of_all.view(torch.float8_e4m3fn).view(1, 1, 1, 8, 32).expand(1, 1, 9, 8, 32)
+    ids = torch.arange(9, dtype=torch.int32, device=DEVICE).view(1, 1, 9)
+    arguments = {
+        "values": values.contiguous(),
+        "scales": 10.0 ** torch.arange(-7, 2, device=DEVICE, dtype=torch.float32).view(1, 1, 9),
+        "prompt_index": torch.zeros(1, dtype=torch.int32, device=DEVICE),
+        "ids": ids,
+        "slots": ids.flip(2).contiguous(),
+        "misses": ids,
+        "miss_counts": torch.full((1, 1), 9, dtype=torch.int32, device=DEVICE),
+        "buffer": torch.zeros(1, 1, 9, 8, 32, dtype=dtype, device=DEVICE),
+    }
+    theirs = copied(arguments)
+    kernel("fetch_values", arguments)
+    reference("fetch_values", theirs)
+    found, expected = arguments["buffer"], theirs["buffer"]
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert int(found.isnan().sum()) == 2 * 9
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float64], ids=str)
@@ -375,11 +424,14 @@ def outputs(name: str, arguments: dict[str, Any]) -> list[Tensor]:
     return [*returned, *(v for v in arguments.values() if isinstance(v, Tensor))]
 
 
-@every_op
+@pytest.mark.parametrize(
+    ("name", "fp8"),
+    [*((name, False) for name in cases.ARGUMENTS), ("fetch_values", True), ("select_chunks", True)],
+)
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-def test_a_graph_serves_other_inputs(name: str, dtype: torch.dtype) -> None:
+def test_a_graph_serves_other_inputs(name: str, fp8: bool, dtype: torch.dtype) -> None:
     """Captured once, replayed with other tensors in the same places."""
-    sizes = Sizes(rows=5, dtype=dtype, device=DEVICE)
+    sizes = Sizes(rows=5, dtype=dtype, fp8=fp8, device=DEVICE)
     make = cases.ARGUMENTS[name]
     static, second = make(sizes), make(replace(sizes, seed=7))
     outputs(name, copied(static))
@@ -463,6 +515,7 @@ def test_values_that_are_not_pinned_are_refused_by_the_kernel_alone() -> None:
         ("select_chunks", {"excluded": lambda x: x[:, :, :5]}, "excluded must be"),
         ("update_residency", {"last_used": lambda x: x[..., :2].clone()}, "last_used must be"),
         ("rebuild_keys", {"basis": lambda x: x[:, :, :5]}, "basis must be"),
+        ("fetch_values", {"scales": lambda x: torch.ones(1, device=DEVICE)}, "float8_e4m3fn"),
         ("fetch_values", {"misses": lambda x: x.long()}, "misses must be int32"),
         ("build_landmarks", {"per_chunk": lambda x: 3}, "do not divide"),
         ("rms_norm", {"weight": lambda x: x[1:]}, "weight must be"),

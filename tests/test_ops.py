@@ -136,7 +136,7 @@ def test_select_chunks(case: tuple[int, ...], dtype: torch.dtype, prompts: int) 
     excluded[..., 0] = False
     budget = ints([min(3, chunks), chunks, 2, 0, 1])
     width, scale = int(budget.max()) + 2, dim**-0.5
-    ids = ops.select_chunks(query, landmarks, index, num, excluded, budget, width, scale)
+    ids = ops.select_chunks(query, landmarks, None, index, num, excluded, budget, width, scale)
     assert ids.shape == (rows, heads, width)
     assert ids.dtype == torch.int32
     # Logits in low precision are rounded once: half an ulp of the largest, and the softmax norm's.
@@ -164,6 +164,7 @@ def select(query: Tensor, landmarks: Tensor, excluded: Tensor, budget: int, num:
     return ops.select_chunks(
         query,
         landmarks,
+        None,
         torch.zeros(rows, dtype=torch.int32),
         ints([num] * rows),
         excluded,
@@ -312,7 +313,7 @@ def test_fetch_values_moves_every_bit(dtype: torch.dtype) -> None:
     expected = space.clone()
     for r, h, i in misses.nonzero().tolist():
         expected[r, h, slots[r, h, i]] = values[index[r], h, ids[r, h, i]]
-    ops.fetch_values(values, index, ids, slots, *list_misses(misses), space)
+    ops.fetch_values(values, None, index, ids, slots, *list_misses(misses), space)
     assert torch.equal(space.view(torch.uint8), expected.view(torch.uint8))
 
 
@@ -324,7 +325,14 @@ def test_fetch_values_into_the_slots_behind_a_fixed_part() -> None:
     fixed = space[:, :, :5].clone()
     buffer = space[:, :, 5:].unflatten(2, (-1, 2))
     ops.fetch_values(
-        values, ints([0]), ints([[[1, 3]]]), ints([[[2, 0]]]), ints([[[0, 1]]]), ints([[2]]), buffer
+        values,
+        None,
+        ints([0]),
+        ints([[[1, 3]]]),
+        ints([[[2, 0]]]),
+        ints([[[0, 1]]]),
+        ints([[2]]),
+        buffer,
     )
     assert torch.equal(space[:, :, :5], fixed)
     assert torch.equal(space[0, 0, 9:11], values[0, 0, 1])
@@ -601,6 +609,7 @@ def refusals() -> dict[str, tuple]:
             [
                 zeros(1, 3, 4),
                 zeros(1, 2, 5, 1, 4),
+                None,
                 index,
                 index,
                 zeros(1, 2, 5).bool(),
@@ -615,6 +624,7 @@ def refusals() -> dict[str, tuple]:
             [
                 zeros(1, 2, 4),
                 zeros(1, 2, 5, 1, 4),
+                None,
                 index,
                 index,
                 zeros(1, 2, 6).bool(),
@@ -631,7 +641,7 @@ def refusals() -> dict[str, tuple]:
         ),
         "values: chunk": (
             ops.fetch_values,
-            [zeros(1, 1, 3, 4, 8), index, ids, ids, ids, ints([[2]]), zeros(1, 1, 3, 2, 8)],
+            [zeros(1, 1, 3, 4, 8), None, index, ids, ids, ids, ints([[2]]), zeros(1, 1, 3, 2, 8)],
             "values",
         ),
         "keys: basis": (
@@ -680,6 +690,7 @@ def op_arguments() -> dict[str, list]:
         "select_chunks": [
             query,
             keys.unflatten(2, (6, 2)),
+            None,
             ints([0, 0]),
             ints([6, 5]),
             torch.zeros(2, 2, 6).bool(),
@@ -696,6 +707,7 @@ def op_arguments() -> dict[str, list]:
         ],
         "fetch_values": [
             keys.unflatten(2, (6, 2)),
+            None,
             ints([0, 0]),
             ids,
             ids_of(g, [[3, 2], [1, 0]], 4, 3),

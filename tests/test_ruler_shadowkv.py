@@ -218,6 +218,8 @@ def test_the_paper_stands_beside_a_run_of_its_model():
         (rows_like_the_paper(length=32768), "ruler-shadowkv", "32768 tokens for 131072"),
         (rows_like_the_paper(rank=64), "ruler-shadowkv", "shadowkv: rank 64 for 160"),
         (rows_like_the_paper(landmarks_per_chunk=2), "ruler-shadowkv", "2 landmarks per chunk"),
+        (rows_like_the_paper(value_dtype="fp8"), "ruler-shadowkv", "values in fp8"),
+        (rows_like_the_paper(landmark_dtype="fp8"), "ruler-shadowkv", "landmarks in fp8"),
         (rows_like_the_paper(), "ruler", "RULER's prompts and metrics, not the authors'"),
     ],
 )

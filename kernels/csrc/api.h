@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -21,8 +22,8 @@ Tensor select_chunks(Tensor query, Tensor landmarks, Tensor prompt_index, Tensor
 std::tuple<Tensor, Tensor, Tensor> update_residency(Tensor ids, Tensor step, Tensor chunk_of_slot,
                                                     Tensor last_used, Tensor slot_of_chunk);
 
-void fetch_values(Tensor values, Tensor prompt_index, Tensor ids, Tensor slots, Tensor misses,
-                  Tensor miss_counts, Tensor buffer);
+void fetch_values(Tensor values, std::optional<Tensor> scales, Tensor prompt_index, Tensor ids,
+                  Tensor slots, Tensor misses, Tensor miss_counts, Tensor buffer);
 
 void rebuild_keys(Tensor coefficients, Tensor basis, Tensor prompt_index, Tensor rank, Tensor ids,
                   Tensor slots, Tensor misses, Tensor miss_counts, Tensor cos, Tensor sin,

@@ -29,6 +29,8 @@ LAUNCHES, REPLAYS, EAGER = 20, 5, 3
 COLD_BYTES = 400e6
 """Inputs rotate until that many bytes lie between two uses: several times an H100's cache."""
 
+VARIANTS = ("fetch_values (host)", "fetch_values (host, fp8)", "select_chunks (fp8)")
+
 MISSES = 0.4
 """Share of the selected chunks that are fetched and rebuilt."""
 
@@ -73,9 +75,11 @@ def moved_bytes(op: str, s: Sizes) -> float:
         "append_tokens": 4 * planes * token,
         "build_landmarks": s.heads * (s.tokens + s.chunks) * token,
         "select_chunks": planes * s.chunks * (token * s.landmarks + 1),
+        "select_chunks (fp8)": planes * s.chunks * ((s.dim + 4) * s.landmarks + 1),
         "update_residency": planes * (s.wanted * 9 + s.slots * 8),
         "fetch_values": 2 * missed * token,
         "fetch_values (host)": missed * token,
+        "fetch_values (host, fp8)": missed * s.dim,
         "rebuild_keys": missed * (s.rank * element + token) + planes * s.rank * token,
         "sparse_attention": 2 * planes * (sum(s.fixed) + s.wanted * s.chunk_size) * token,
         "full_attention": 2 * planes * s.tokens * token,
@@ -94,6 +98,7 @@ def input_bytes(op: str, s: Sizes) -> float:
         "build_landmarks": s.heads * s.tokens * token,
         "fetch_values": planes * s.tokens * token + buffers,
         "fetch_values (host)": buffers,
+        "fetch_values (host, fp8)": buffers,
         "rebuild_keys": s.rows * s.tokens * s.rank * 2 + buffers,
         "sparse_attention": 2 * buffers,
         "full_attention": 2 * planes * s.tokens * token,
@@ -101,6 +106,8 @@ def input_bytes(op: str, s: Sizes) -> float:
 
 
 def make(op: str, s: Sizes) -> Arguments:
+    if op.endswith("fp8)"):
+        s = replace(s, fp8=True)
     if op.startswith("fetch_values"):
         return cases.fetch_arguments(s, pinned=op != "fetch_values", share=MISSES)
     if op == "rebuild_keys":
@@ -110,7 +117,7 @@ def make(op: str, s: Sizes) -> Arguments:
     if op.endswith("(prompt)"):
         alone = replace(s, rows=1, prompts=1)
         return COLUMN_OPS[op.partition(" ")[0]](alone, tokens=s.tokens)
-    return cases.ARGUMENTS[op](s)
+    return cases.ARGUMENTS[op.partition(" ")[0]](s)
 
 
 def graph_ms(run: Callable[[int], Any]) -> float:
@@ -194,7 +201,7 @@ def measure_all(sizes: Sequence[Sizes]) -> tuple[list[dict[str, Any]], dict[str,
     bus = peak.h2d_gb_s or 1.0
     rows = []
     for s in sizes:
-        ops = [*cases.ARGUMENTS, "fetch_values (host)", *(f"{op} (prompt)" for op in COLUMN_OPS)]
+        ops = [*cases.ARGUMENTS, *VARIANTS, *(f"{op} (prompt)" for op in COLUMN_OPS)]
         for op in sorted(ops):
             if (op == "build_landmarks" or "(prompt)" in op) and s is not sizes[0]:
                 continue  # one prompt at a time, whatever the batch

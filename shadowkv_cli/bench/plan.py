@@ -58,22 +58,23 @@ def memory_items(
     if not isinstance(spec, ShadowKVSpec) or spec.is_dense(prompt_tokens):
         held = spec.cache_bytes(shape, prompt_tokens, new_tokens)
         return [Item("keys and values", held.device * batch, held.host * batch)]
-    kept = spec.keeps(prompt_tokens)
-    landmarks = prompt_tokens // spec.chunk_size * spec.landmarks_per_chunk
+    kept, layers = spec.keeps(prompt_tokens), shape.num_layers * batch
     fixed = kept.outlier_tokens + kept.local_tokens + new_tokens
     keys, values = (
         buffer_slots(kept.selected_chunks, factor) * spec.chunk_size
         for factor in (spec.key_buffer, spec.value_buffer)
     )
-    prompt_values = unit * width * prompt_tokens
-    on_host = spec.value_placement == "host"
+    form = spec.value_form
+    prompt_values = layers * form.data_bytes(shape, prompt_tokens)
+    on_host = form.placement == "host"
     return [
-        Item("landmarks", unit * width * landmarks),
+        Item("landmarks", layers * spec.landmark_bytes(shape, prompt_tokens)),
         Item("low-rank keys", unit * spec.rank * (prompt_tokens + width)),
         Item("key buffer", unit * width * keys),
         Item("value buffer", unit * width * values),
         Item("outliers, local and generated tokens", unit * width * 2 * fixed),
         Item("values", 0 if on_host else prompt_values, prompt_values if on_host else 0),
+        Item("scales of values", layers * form.scale_bytes(shape, prompt_tokens)),
     ]
 
 
@@ -108,16 +109,17 @@ def phase_ms(
     kept = spec.keeps(prompt_tokens)
     found["attention"] = phase("attention", lanes, 2 * planes * kept.tokens * token)
     if isinstance(spec, ShadowKVSpec):
-        landmarks = prompt_tokens // spec.chunk_size * spec.landmarks_per_chunk
         missing = planes * kept.selected_tokens * (1 - hit_rate)
         tables = 1 if spec.key_buffer == spec.value_buffer else 2
-        found["select"] = phase("select", lanes, planes * landmarks * token)
+        landmarks = batch * spec.landmark_bytes(shape, prompt_tokens)
+        found["select"] = phase("select", lanes, landmarks)
         found["residency"] = layers * lanes * tables * LAUNCH_US["residency"] / 1e3
         rebuilt = missing * (spec.rank * shape.element_bytes + 2 * token)
         found["rebuild"] = phase("rebuild", lanes, rebuilt)
         bus = probe.zero_copy_gather_gb_s or probe.h2d_gb_s
         if spec.value_placement == "host" and bus:
-            found["fetch"] = phase("fetch", lanes, missing * token, bus * 1e6)
+            fetched = spec.value_form.data_bytes(shape, 1) / shape.num_kv_heads * missing
+            found["fetch"] = phase("fetch", lanes, fetched, bus * 1e6)
     return found | {"step": _with_overlap(found, lanes)}
 
 

@@ -26,7 +26,7 @@ def layout(spec: MethodSpec) -> tuple[object, ...]:
     if isinstance(spec, SparseSpec):
         key += (spec.chunk_size,)
     if isinstance(spec, ShadowKVSpec):
-        key += (spec.landmarks_per_chunk, spec.value_placement)
+        key += (spec.landmarks_per_chunk, spec.landmark_dtype, spec.value_form)
     return key
 
 

@@ -29,4 +29,4 @@ class ExactGroup(SparseGroup):
 
     def _load(self, source: Tensor, space: Tensor, placed: Placed) -> None:
         chunks = self.store.chunked(source, self.chunk_size)
-        ops.fetch_values(chunks, self.prompt_index, *placed, self.buffer(space))
+        ops.fetch_values(chunks, None, self.prompt_index, *placed, self.buffer(space))

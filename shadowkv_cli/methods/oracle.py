@@ -22,7 +22,7 @@ class OracleGroup(ExactGroup):
         """Take each chunk's mass from full attention, the largest of the group of query heads."""
         keys = self.store.chunked(self.store.keys[layer], self.chunk_size)
         # With every key as a landmark, a chunk's logsumexp is its unnormalised mass.
-        scores = landmark_scores(q, keys, self.prompt_index, scale)  # [R, Hk, G, C]
+        scores = landmark_scores(q, keys, None, self.prompt_index, scale)  # [R, Hk, G, C]
         chunks = torch.arange(scores.shape[-1], device=q.device)
         barred = (chunks >= self.num_chunks[:, None])[:, None, None]
         scores = scores.masked_fill(barred, float("-inf"))

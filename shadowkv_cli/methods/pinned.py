@@ -25,7 +25,7 @@ def host_memory(size: Sequence[int], dtype: torch.dtype) -> Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without large pages: small ones do the same
             memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype, count=count).view(tuple(size))
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(tuple(size))
 
 
 def pin(tensors: Sequence[Tensor], owner: object) -> None:

@@ -16,15 +16,19 @@ from shadowkv_cli.methods.store import Prompt, PromptStore
 
 
 class ShadowKVGroup(SparseGroup):
-    """Rows of ShadowKV with one chunk size, number of landmarks and placement of values."""
+    """Rows of ShadowKV whose landmarks and values are kept in one form each."""
 
     def __init__(self, rows: Sequence[Row], store: PromptStore, new_tokens: int) -> None:
         super().__init__(rows, store, new_tokens)
         first = self.specs[0]
         assert isinstance(first, ShadowKVSpec)
-        self.layout = (self.chunk_size, first.landmarks_per_chunk)
-        self.placement = first.value_placement
-        if self.placement == "host" and store.device.type == "cuda":
+        self.landmark_form = (
+            self.chunk_size,
+            first.landmarks_per_chunk,
+            first.landmark_dtype,
+        )
+        self.value_form = first.value_form
+        if first.value_placement == "host" and store.device.type == "cuda":
             self.key_stream = SideStream(store.device)
         ranks = [spec.rank for spec in self.specs if isinstance(spec, ShadowKVSpec)]
         self.max_rank = max(ranks)
@@ -58,9 +62,11 @@ class ShadowKVGroup(SparseGroup):
         return (worst.sort().values[..., None] * self.chunk_size + members).flatten(1)
 
     def select(self, layer: int, q: Tensor, scale: float) -> Tensor:
+        scales = self.store.landmark_scales.get(self.landmark_form)
         return ops.select_chunks(
             q,
-            self.store.landmarks[self.layout][layer],
+            self.store.landmarks[self.landmark_form][layer],
+            scales[layer] if scales else None,
             self.prompt_index,
             self.num_chunks,
             self.excluded[layer],
@@ -71,7 +77,7 @@ class ShadowKVGroup(SparseGroup):
 
     def load_values(self, layer: int, placed: Placed) -> None:
         ops.fetch_values(
-            self.store.chunked_values(layer, self.chunk_size, self.placement),
+            *self.store.value_store.chunked(layer, self.chunk_size, self.value_form),
             self.prompt_index,
             *placed,
             self.buffer(self.values[layer]),

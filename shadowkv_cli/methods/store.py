@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from shadowkv_cli import ops
-from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec
+from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec, StoredDtype, ValueForm
 from shadowkv_cli.methods.low_rank import factorise
-from shadowkv_cli.methods.pinned import host_memory, pin
+from shadowkv_cli.methods.value_store import EXACT, ValueStore
+from shadowkv_cli.ops.fp8 import FP8, quantise
 from shadowkv_cli.ops.rotary import unrotate
 
 
@@ -46,37 +47,55 @@ class RotaryTables:
         return self.cos[..., :half], self.sin[..., :half]
 
 
+LandmarkForm = tuple[int, int, StoredDtype]
+"""Chunk size, landmarks a chunk, and how they are kept."""
+
+
 @dataclass(frozen=True)
 class Needs:
-    """What the chosen methods want kept of a prompt."""
+    """What the chosen methods want kept of a prompt.
+
+    Attributes:
+        keys: whether exact keys are wanted.
+        values: the forms of values, by layer.
+        rank: the largest of low-rank keys; 0 for none.
+        landmarks: their forms.
+        alignment: the room for a prompt is a multiple of so many tokens.
+    """
 
     keys: bool
-    values: bool
-    host_values: bool
+    values: tuple[tuple[ValueForm, ...], ...]
     rank: int
-    landmarks: tuple[tuple[int, int], ...]
+    landmarks: tuple[LandmarkForm, ...]
     alignment: int
 
     @classmethod
-    def of(cls, specs: Sequence[MethodSpec], on_host_device: bool) -> Needs:
-        """Unite the needs of several methods; `on_host_device`: the model runs on the CPU."""
+    def of(cls, specs: Sequence[MethodSpec], num_layers: int) -> Needs:
+        """Unite the needs of several methods."""
         shadow = [s for s in specs if isinstance(s, ShadowKVSpec)]
-        on_host = any(s.value_placement == "host" for s in shadow) and not on_host_device
-        others = any(s.name in ("full", "oracle", "random") for s in specs)
+        exact = any(s.name in ("full", "oracle", "random") for s in specs)
+        forms = dict.fromkeys([*([EXACT] if exact else []), *(s.value_form for s in shadow)])
+        landmarks = {(s.chunk_size, s.landmarks_per_chunk, s.landmark_dtype) for s in shadow}
         return cls(
-            keys=others,
-            values=others
-            or any(s.value_placement == "device" for s in shadow)
-            or (bool(shadow) and on_host_device),
-            host_values=on_host,
+            keys=exact,
+            values=(tuple(forms),) * num_layers,
             rank=max((s.rank for s in shadow), default=0),
-            landmarks=tuple(sorted({(s.chunk_size, s.landmarks_per_chunk) for s in shadow})),
+            landmarks=tuple(sorted(landmarks)),
             alignment=math.lcm(*{getattr(s, "chunk_size", 1) for s in specs}),
         )
 
 
 class PromptStore:
-    """Keys, values, low-rank keys and landmarks of P prompts, of up to S tokens, all layers."""
+    """Keys, values, low-rank keys and landmarks of P prompts, of up to S tokens, all layers.
+
+    Attributes:
+        keys: [P, Hk, S', D] a layer, with room for what full attention generates; or none.
+        values: exact values beside the model, of the same shape, by layer; or none.
+        value_store: values in every form that is wanted, those included.
+        landmarks: [P, Hk, C, L, D] by form and layer.
+        landmark_scales: of those in fp8, float32 [P, Hk, C, L].
+        similarity: float32 [P, Hk, C] by chunk size and layer.
+    """
 
     def __init__(
         self,
@@ -90,36 +109,35 @@ class PromptStore:
         device: torch.device,
     ) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
-        self.needs = needs = Needs.of(specs, device.type == "cpu")
+        self.needs = needs = Needs.of(specs, shape.num_layers)
         self.num_prompts = num_prompts
         self.prompt_tokens = math.ceil(prompt_tokens / needs.alignment) * needs.alignment
         layers, heads, dim = range(shape.num_layers), shape.num_kv_heads, shape.head_dim
         prompts, tokens = num_prompts, self.prompt_tokens
 
-        def empty(*size: int) -> list[Tensor]:
+        def empty(*size: int, dtype: torch.dtype = dtype) -> list[Tensor]:
             return [torch.empty(*size, dtype=dtype, device=device) for _ in layers]
 
         # The tokens that full attention generates follow the prompt.
         held = tokens + (new_tokens if any(spec.name == "full" for spec in specs) else 0)
         self.keys = empty(prompts, heads, held, dim) if needs.keys else []
-        self.values = empty(prompts, heads, held, dim) if needs.values else []
-        self.host_values: list[Tensor] = []
-        if needs.host_values:
-            self.host_values = [host_memory((prompts, heads, tokens, dim), dtype) for _ in layers]
-            pin(self.host_values, self)
+        self.value_store = ValueStore(
+            needs.values, (prompts, heads, tokens, dim), held, dtype, device
+        )
+        self.values = self.value_store.exact
         rank = needs.rank
         self.coefficients = empty(prompts, tokens, rank) if rank else []
         self.basis = empty(prompts, heads, rank, dim) if rank else []
-        self.landmarks = {
-            (size, count): empty(prompts, heads, tokens // size, count, dim)
-            for size, count in needs.landmarks
-        }
-        self.similarity: dict[int, list[Tensor]] = {
-            size: [
-                torch.empty(prompts, heads, tokens // size, dtype=torch.float32, device=device)
-                for _ in layers
-            ]
-            for size in {size for size, _ in needs.landmarks}
+        self.landmarks: dict[LandmarkForm, list[Tensor]] = {}
+        self.landmark_scales: dict[LandmarkForm, list[Tensor]] = {}
+        for form in needs.landmarks:
+            chunks = (prompts, heads, tokens // form[0], form[1])
+            self.landmarks[form] = empty(*chunks, dim, dtype=FP8 if form[2] == "fp8" else dtype)
+            if form[2] == "fp8":
+                self.landmark_scales[form] = empty(*chunks, dtype=torch.float32)
+        self.similarity = {
+            size: empty(prompts, heads, tokens // size, dtype=torch.float32)
+            for size in {size for size, *_ in needs.landmarks}
         }
         self.tables: RotaryTables | None = None
         """Set before the first prompt; a captured graph reads them where they are."""
@@ -128,27 +146,25 @@ class PromptStore:
         """View the prompt part of keys or values as chunks: [P, Hk, C, c, D]."""
         return tensor[:, :, : self.prompt_tokens].unflatten(2, (-1, chunk_size))
 
-    def chunked_values(self, layer: int, chunk_size: int, placement: str) -> Tensor:
-        """The prompt's values as chunks, from where the method wants them: [P, Hk, C, c, D]."""
-        held = self.host_values if placement == "host" and self.host_values else self.values
-        return self.chunked(held[layer], chunk_size)
-
     def add_layer(self, layer: int, prompt: Prompt, k: Tensor, v: Tensor) -> None:
         """Take in a prompt's layer: k and v [Hk, S, D], after RoPE."""
         p, tokens = prompt.index, prompt.tokens
         assert tokens <= self.prompt_tokens, f"a prompt of {tokens}, room for {self.prompt_tokens}"
         if self.keys:
             self.keys[layer][p, :, :tokens] = k
-        if self.values:
-            self.values[layer][p, :, :tokens] = v
-        if self.host_values:
-            self.host_values[layer][p, :, :tokens].copy_(v, non_blocking=True)
-        for (size, count), landmarks in self.landmarks.items():
-            means, similarity = ops.build_landmarks(k, size, count)
-            landmarks[layer][p, :, : tokens // size] = means
-            self.similarity[size][layer][p, :, : tokens // size] = similarity
+        self.value_store.add_layer(layer, p, v)
+        for form in self.landmarks:
+            self._add_landmarks(layer, prompt, k, form)
         if self.coefficients:
             self._add_low_rank(layer, prompt, k)
+
+    def _add_landmarks(self, layer: int, prompt: Prompt, k: Tensor, form: LandmarkForm) -> None:
+        size, count, kept_in = form
+        here = (prompt.index, slice(None), slice(prompt.tokens // size))
+        means, self.similarity[size][layer][here] = ops.build_landmarks(k, size, count)
+        if kept_in == "fp8":
+            means, self.landmark_scales[form][layer][here] = quantise(means, 1)
+        self.landmarks[form][layer][here] = means
 
     def _add_low_rank(self, layer: int, prompt: Prompt, k: Tensor) -> None:
         assert self.tables is not None, "rotary tables come before the first layer"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shadowkv_cli.ops import layer_cases
+from shadowkv_cli.ops.fp8 import FP8, quantise
 from shadowkv_cli.ops.misses import list_misses
 
 Arguments = dict[str, Any]
@@ -29,6 +30,7 @@ class Sizes:
         rank: r, the most that a row uses; tensors hold `spare` columns more.
         pairs: rotated pairs of dimensions, E.
         fixed: tokens of each section of the fixed part.
+        fp8: whether landmarks and values are in fp8, with scales.
         poison: whether what must not be read is NaN, and rows are unequal.
     """
 
@@ -48,6 +50,7 @@ class Sizes:
     interleaved: bool = False
     fixed: tuple[int, ...] = (10, 7, 12)
     dtype: torch.dtype = torch.bfloat16
+    fp8: bool = False
     device: str = "cuda"
     poison: bool = True
     seed: int = 0
@@ -173,9 +176,13 @@ def select_arguments(s: Sizes) -> Arguments:
         excluded[1:][-1:] = True
         landmarks[:, :, s.chunks - 1] = math.nan
         excluded[:, :, s.chunks - 1] = True
+    scales: Tensor | None = None
+    if s.fp8:
+        landmarks, scales = quantise(landmarks, 1)
     return {
         "query": s.normal(g, s.rows, s.heads * s.group, s.dim),
         "landmarks": landmarks,
+        "landmark_scales": scales,
         "prompt_index": s.prompt_index(g),
         "num_chunks": num,
         "excluded": excluded,
@@ -203,11 +210,17 @@ def residency_arguments(s: Sizes, step: int = 1) -> Arguments:
 def fetch_arguments(s: Sizes, *, pinned: bool = False, share: float = 0.6) -> Arguments:
     g = s.generator()
     values = s.normal(g, s.prompts, s.heads, s.tokens + 5, s.dim)
+    scales: Tensor | None = None
+    if s.fp8:
+        rounded, scales = quantise(values[:, :, : s.tokens].unflatten(2, (-1, s.chunk_size)), 2)
+        values = values.to(FP8)
+        values[:, :, : s.tokens] = rounded.flatten(2, 3)
     if pinned:
         values = values.cpu().pin_memory()
     ids = selection(s, g, s.chunks)
     return {
         "values": values[:, :, : s.tokens].unflatten(2, (-1, s.chunk_size)),
+        "scales": scales,
         "prompt_index": s.prompt_index(g),
         "ids": ids,
         "slots": slots_for(s, g, ids),

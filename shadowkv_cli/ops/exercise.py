@@ -16,6 +16,8 @@ SIZES = [
     Sizes(),
     Sizes(dtype=torch.float16, dim=128, group=7, landmarks=2, chunk_size=6, rank=17, spare=0),
     Sizes(dtype=torch.float32, dim=96, group=3, chunk_size=1, pairs=7, interleaved=True),
+    Sizes(fp8=True, dim=128, landmarks=2),
+    Sizes(fp8=True, dtype=torch.float16, dim=96, chunk_size=1),
     Sizes(rows=4, heads=3, group=16, dim=96, chunks=300, wanted=100, slots=170, fixed=(0, 3)),
 ]
 ODD_SIZES = [

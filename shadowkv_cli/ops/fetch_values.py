@@ -7,12 +7,14 @@ from torch import Tensor
 
 from shadowkv_cli.ops import compiled
 from shadowkv_cli.ops.chunk_rows import gather_chunks
+from shadowkv_cli.ops.fp8 import FP8, dequantise
 from shadowkv_cli.ops.library import check, define
 from shadowkv_cli.ops.misses import missing_places
 
 
 def _reference(
     values: Tensor,
+    scales: Tensor | None,
     prompt_index: Tensor,
     ids: Tensor,
     slots: Tensor,
@@ -20,19 +22,30 @@ def _reference(
     miss_counts: Tensor,
     buffer: Tensor,
 ) -> None:
-    check(
-        values.shape[-2:] == buffer.shape[-2:],
-        "fetch_values",
-        f"values hold chunks of {list(values.shape[-2:])}, buffer {list(buffer.shape[-2:])}",
-    )
+    _check(values, scales, buffer)
     row, head, place = missing_places(misses)
     wanted = (prompt_index[row].long(), head, ids[row, head, place].long())
     chunks = gather_chunks(values, *(index.to(values.device) for index in wanted))
-    buffer[row, head, slots[row, head, place].long()] = chunks.to(buffer.device)
+    chunks = chunks.to(buffer.device)
+    if scales is not None:
+        chunks = dequantise(chunks, scales[wanted]).to(buffer.dtype)
+    buffer[row, head, slots[row, head, place].long()] = chunks
+
+
+def _check(values: Tensor, scales: Tensor | None, buffer: Tensor) -> None:
+    op, chunk = "fetch_values", list(buffer.shape[-2:])
+    held = list(values.shape[-2:])
+    check(held == chunk, op, f"values hold chunks of {held}, buffer {chunk}")
+    kept_in = buffer.dtype if scales is None else FP8
+    check(values.dtype == kept_in, op, f"values must be {kept_in}, not {values.dtype}")
+    if scales is not None:
+        expected = values.shape[:-2]
+        check(scales.shape == expected, op, f"scales must be {list(expected)}")
 
 
 def _fake(
     values: Tensor,
+    scales: Tensor | None,
     prompt_index: Tensor,
     ids: Tensor,
     slots: Tensor,
@@ -44,8 +57,8 @@ def _fake(
 
 
 define(
-    "fetch_values(Tensor values, Tensor prompt_index, Tensor ids, Tensor slots, Tensor misses, "
-    "Tensor miss_counts, Tensor(a!) buffer) -> ()",
+    "fetch_values(Tensor values, Tensor? scales, Tensor prompt_index, Tensor ids, Tensor slots, "
+    "Tensor misses, Tensor miss_counts, Tensor(a!) buffer) -> ()",
     _reference,
     _fake,
 )
@@ -53,6 +66,7 @@ define(
 
 def fetch_values(
     values: Tensor,
+    scales: Tensor | None,
     prompt_index: Tensor,
     ids: Tensor,
     slots: Tensor,
@@ -63,7 +77,10 @@ def fetch_values(
     """Copy missing chunks from the prompt's values to their slots, across the bus where need be.
 
     Args:
-        values: [P, Hk, C, c, D] beside the model, or in pinned host memory.
+        values: [P, Hk, C, c, D] beside the model, or in pinned host memory; of the buffer's dtype,
+            or in fp8 with scales.
+        scales: float32 [P, Hk, C] beside the buffer, of values in fp8, which are multiplied by it
+            and rounded to the buffer's dtype; None: bytes are copied.
         prompt_index: int32 [R].
         ids: int32 [R, Hk, N], chunk ids.
         slots: int32 [R, Hk, N], their slots.
@@ -71,7 +88,7 @@ def fetch_values(
         miss_counts: int32 [R, Hk], how many.
         buffer: [R, Hk, B, c, D], changed in place.
     """
-    arguments = (values, prompt_index, ids, slots, misses, miss_counts, buffer)
+    arguments = (values, scales, prompt_index, ids, slots, misses, miss_counts, buffer)
     if compiled.serves_copies(values, buffer):
         torch.ops.shadowkv.fetch_values(*arguments)
     else:

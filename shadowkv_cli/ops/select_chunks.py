@@ -7,20 +7,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shadowkv_cli.ops import compiled
+from shadowkv_cli.ops.fp8 import dequantise
 from shadowkv_cli.ops.library import check, define
 
 
-def landmark_scores(query: Tensor, landmarks: Tensor, prompt_index: Tensor, scale: float) -> Tensor:
-    """Logits of every chunk per query head, float32 [R, Hk, G, C]: logsumexp of its landmarks'."""
+def landmark_scores(
+    query: Tensor,
+    landmarks: Tensor,
+    landmark_scales: Tensor | None,
+    prompt_index: Tensor,
+    scale: float,
+) -> Tensor:
+    """Logits of every chunk per query head, float32 [R, Hk, G, C]: logsumexp of its landmarks'.
+
+    Arguments as of `select_chunks`. In fp8 the products are float32's.
+    """
     rows, q_heads, dim = query.shape
     prompts, heads, chunks, per_chunk, _ = landmarks.shape
     grouped = query.reshape(rows, heads, q_heads // heads, dim)
+    if landmark_scales is not None:
+        grouped = grouped.float()
     scores = query.new_empty(rows, heads, q_heads // heads, chunks, dtype=torch.float32)
     for prompt in range(prompts):
         of_prompt = slice(None) if prompts == 1 else (prompt_index == prompt).nonzero()[:, 0]
         folded = grouped[of_prompt].transpose(0, 1).flatten(1, 2)  # [Hk, R*G, D]
-        flat = landmarks[prompt].flatten(1, 2)  # [Hk, C*L, D]
-        logits = torch.matmul(folded, flat.transpose(1, 2)).float() * scale
+        own = landmarks[prompt]
+        if landmark_scales is not None:
+            own = dequantise(own, landmark_scales[prompt])
+        logits = torch.matmul(folded, own.flatten(1, 2).mT).float() * scale  # [Hk, R*G, C*L]
         if per_chunk > 1:
             logits = logits.unflatten(-1, (chunks, per_chunk)).logsumexp(-1)
         scores[of_prompt] = logits.unflatten(1, (-1, q_heads // heads)).transpose(0, 1)
@@ -65,6 +79,7 @@ def _lower_of_ties(
 def _reference(
     query: Tensor,
     landmarks: Tensor,
+    landmark_scales: Tensor | None,
     prompt_index: Tensor,
     num_chunks: Tensor,
     excluded: Tensor,
@@ -76,7 +91,10 @@ def _reference(
     op, q_heads = "select_chunks", query.shape[1]
     check(q_heads % heads == 0, op, f"{q_heads} query heads do not share {heads} KV heads")
     check(excluded.shape[1:] == (heads, chunks), op, f"excluded must be [R, {heads}, {chunks}]")
-    scores = landmark_scores(query, landmarks, prompt_index, scale)
+    if landmark_scales is not None:
+        expected = landmarks.shape[:-1]
+        check(landmark_scales.shape == expected, op, f"landmark_scales must be {list(expected)}")
+    scores = landmark_scores(query, landmarks, landmark_scales, prompt_index, scale)
     beyond = torch.arange(chunks, device=query.device) >= num_chunks[:, None]
     barred = (excluded | beyond[:, None])[:, :, None]
     # The logarithm of the softmax has its order and does not underflow into ties.
@@ -88,6 +106,7 @@ def _reference(
 def _fake(
     query: Tensor,
     landmarks: Tensor,
+    landmark_scales: Tensor | None,
     prompt_index: Tensor,
     num_chunks: Tensor,
     excluded: Tensor,
@@ -100,8 +119,9 @@ def _fake(
 
 
 define(
-    "select_chunks(Tensor query, Tensor landmarks, Tensor prompt_index, Tensor num_chunks, "
-    "Tensor excluded, Tensor budget_chunks, int max_chunks, float scale) -> Tensor",
+    "select_chunks(Tensor query, Tensor landmarks, Tensor? landmark_scales, Tensor prompt_index, "
+    "Tensor num_chunks, Tensor excluded, Tensor budget_chunks, int max_chunks, float scale) "
+    "-> Tensor",
     _reference,
     _fake,
 )
@@ -110,6 +130,7 @@ define(
 def select_chunks(
     query: Tensor,
     landmarks: Tensor,
+    landmark_scales: Tensor | None,
     prompt_index: Tensor,
     num_chunks: Tensor,
     excluded: Tensor,
@@ -124,6 +145,7 @@ def select_chunks(
     Args:
         query: [R, Hq, D].
         landmarks: [P, Hk, C, L, D]; the L logits of a chunk are combined by logsumexp.
+        landmark_scales: float32 [P, Hk, C, L] of landmarks in fp8; None: they are of query's dtype.
         prompt_index: int32 [R], the prompt of each row.
         num_chunks: int32 [R], chunks of a row's prompt that may be chosen: the first so many.
         excluded: bool [R, Hk, C], chunks that are attended anyway (outliers).
@@ -137,6 +159,7 @@ def select_chunks(
     arguments = (
         query,
         landmarks,
+        landmark_scales,
         prompt_index,
         num_chunks,
         excluded,

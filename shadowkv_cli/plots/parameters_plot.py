@@ -19,6 +19,8 @@ PARAMETERS = {
     "chunk_size": "Chunk size (tokens)",
     "landmarks_per_chunk": "Landmarks per chunk",
     "outlier_chunks": "Outlier chunks",
+    "value_dtype": "Values kept in",
+    "landmark_dtype": "Landmarks kept in",
 }
 
 

@@ -1,0 +1,102 @@
+"""The values of prompts, in every form that the chosen methods want them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shadowkv_cli.config import ValueForm
+from shadowkv_cli.methods.pinned import host_memory, pin
+from shadowkv_cli.ops.fp8 import FP8, quantise
+
+EXACT = ValueForm("device")
+"""As full attention reads them."""
+
+
+class ValueStore:
+    """Values of P prompts of up to S tokens, in one form or several a layer.
+
+    Attributes:
+        held: [P, Hk, S, D] by form and layer; of the exact ones [P, Hk, S', D].
+        scales: of those in fp8, float32 [P, Hk, C] by chunk size and layer, beside the model.
+    """
+
+    def __init__(
+        self,
+        forms: Sequence[Sequence[ValueForm]],
+        size: tuple[int, int, int, int],
+        exact_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Make room.
+
+        Args:
+            forms: wanted of each layer.
+            size: P, Hk, S and D.
+            exact_tokens: S', with what full attention generates.
+            dtype: the model's.
+            device: where the model is.
+        """
+        prompts, heads, self.tokens, dim = size
+        self.held: dict[ValueForm, dict[int, Tensor]] = {}
+        self.scales: dict[int, dict[int, Tensor]] = {}
+        on_host: list[Tensor] = []
+        for layer, form in ((i, form) for i, wanted in enumerate(forms) for form in wanted):
+            room = (prompts, heads, exact_tokens if form == EXACT else self.tokens, dim)
+            kept_in = FP8 if form.fp8_chunk_size else dtype
+            if form.placement == "host":
+                space = host_memory(room, kept_in)
+                on_host.append(space)
+            else:
+                space = torch.empty(room, dtype=kept_in, device=device)
+            self.held.setdefault(form, {})[layer] = space
+            if form.fp8_chunk_size:
+                count = self.tokens // form.fp8_chunk_size
+                self.scales.setdefault(form.fp8_chunk_size, {})[layer] = torch.empty(
+                    prompts, heads, count, dtype=torch.float32, device=device
+                )
+        if device.type == "cuda":
+            pin(on_host, self)
+
+    @property
+    def exact(self) -> dict[int, Tensor]:
+        """The exact values beside the model, by layer: empty where no method wants them."""
+        return self.held.get(EXACT, {})
+
+    def add_layer(self, layer: int, prompt_index: int, v: Tensor) -> None:
+        """Take in a prompt's values of a layer, [Hk, S, D], in each form that is wanted there."""
+        sources: dict[int | None, Tensor] = {None: v}
+        for form, by_layer in self.held.items():
+            if layer not in by_layer:
+                continue
+            if form.fp8_chunk_size and form.fp8_chunk_size not in sources:
+                scales = self.scales[form.fp8_chunk_size][layer][prompt_index]
+                sources[form.fp8_chunk_size] = _quantised(v, form.fp8_chunk_size, scales)
+            source = sources[form.fp8_chunk_size]
+            target = by_layer[layer][prompt_index, :, : source.shape[1]]
+            target.copy_(source, non_blocking=True)
+
+    def chunked(self, layer: int, chunk_size: int, form: ValueForm) -> tuple[Tensor, Tensor | None]:
+        """The values as chunks [P, Hk, C, c, D], and of those in fp8 their scales [P, Hk, C]."""
+        chunks = self.held[form][layer][:, :, : self.tokens].unflatten(2, (-1, chunk_size))
+        if not form.fp8_chunk_size:
+            return chunks, None
+        assert form.fp8_chunk_size == chunk_size, "scales of other chunks"
+        return chunks, self.scales[chunk_size][layer]
+
+
+def _quantised(v: Tensor, chunk_size: int, scales: Tensor) -> Tensor:
+    """The whole chunks of v [Hk, S, D] in fp8, their scales written to scales [Hk, C].
+
+    A remainder that fills no chunk is left out: it is attended as it is.
+    """
+    count = v.shape[1] // chunk_size
+    out = torch.empty(v.shape[0], count * chunk_size, v.shape[2], dtype=FP8, device=v.device)
+    # Head by head: what is float32 in between would be the largest tensor of a prefill.
+    for head, own in enumerate(v[:, : count * chunk_size]):
+        rounded, scales[head, :count] = quantise(own.unflatten(0, (count, chunk_size)), 2)
+        out[head] = rounded.flatten(0, 1)
+    return out
