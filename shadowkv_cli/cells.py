@@ -13,18 +13,19 @@ from shadowkv_cli.errors import UsageError, unknown_name
 def _convert(spec: type[MethodSpec], field: str, text: str) -> Any:
     """Turn a setting's text into its type. Raises UsageError naming method, field and value."""
     hint = get_type_hints(spec)[field]
+    or_auto = int in get_args(hint)
     try:
         if hint is SparseBudget:
             return SparseBudget.parse(text)
         if hint in (int, float):
             return hint(text)
-        if field == "outlier_chunks":
+        if or_auto:
             return text if text == "auto" else int(text)
     except UsageError:
         raise
     except ValueError:
         kind = "a number" if hint is float else "a whole number"
-        kind += " or auto" if field == "outlier_chunks" else ""
+        kind += " or auto" if or_auto else ""
         raise UsageError(f"{field} of {spec.name} must be {kind}, not '{text}'.") from None
     if text not in get_args(hint):
         names = " or ".join(get_args(hint))

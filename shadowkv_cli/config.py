@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Collection, Iterable
@@ -308,6 +309,8 @@ class ShadowKVSpec(SparseSpec):
         value_dtype: of the prompt's values where they lie; in `fp8` (e4m3, one scale a chunk and KV
             head) they become the model's dtype again as they are fetched.
         landmark_dtype: of the landmarks; in `fp8` with one scale each.
+        resident_layers: layers whose values stay beside the model though the others' are on the
+            host; `auto`, which bench resolves for each batch: as many as fit.
     """
 
     name: ClassVar[str] = "shadowkv"
@@ -320,6 +323,7 @@ class ShadowKVSpec(SparseSpec):
     key_buffer: float = 1.0
     value_dtype: StoredDtype = "model"
     landmark_dtype: StoredDtype = "model"
+    resident_layers: int | Literal["auto"] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -340,8 +344,20 @@ class ShadowKVSpec(SparseSpec):
                     f"{field} must be at least 1 and at most {MAX_BUFFER}, not "
                     f"{getattr(self, field)}."
                 )
+        if self.resident_layers != "auto" and self.resident_layers < 0:
+            raise UsageError(f"resident_layers must be at least 0, not {self.resident_layers}.")
+        if self.resident_layers and self.value_placement != "host":
+            raise UsageError(
+                f"resident_layers {self.resident_layers} has no effect with value_placement "
+                f"{self.value_placement}, which keeps all layers there: use host."
+            )
 
     def check_model(self, shape: ModelShape) -> None:
+        if self.resident_layers != "auto" and self.resident_layers > shape.num_layers:
+            raise UsageError(
+                f"resident_layers {self.resident_layers} is above the model's {shape.num_layers} "
+                "layers."
+            )
         width = shape.key_width
         if self.rank > width:
             raise UsageError(
@@ -358,17 +374,26 @@ class ShadowKVSpec(SparseSpec):
         slots += buffer_slots(kept.selected_chunks, self.key_buffer)
         elements = width * (2 * fixed + slots * self.chunk_size)
         elements += self.rank * (prompt_tokens + width)
-        values = layer_bytes([self.value_form], shape, prompt_tokens)
         a_layer = elements * shape.element_bytes + self.landmark_bytes(shape, prompt_tokens)
-        layers = shape.num_layers
-        return CacheBytes(layers * (a_layer + values.device), layers * values.host)
-
-    @property
-    def value_form(self) -> ValueForm:
-        """How the values of the prompt are kept."""
-        return ValueForm(
-            self.value_placement, self.chunk_size if self.value_dtype == "fp8" else None
+        forms = self.value_forms(shape.num_layers)
+        values = [layer_bytes([form], shape, prompt_tokens) for form in forms]
+        return CacheBytes(
+            shape.num_layers * a_layer + sum(held.device for held in values),
+            sum(held.host for held in values),
         )
+
+    def value_forms(self, num_layers: int) -> list[ValueForm]:
+        """How the values of the prompt are kept, by layer; `auto` counts as no resident layers.
+
+        Those are spread evenly: a layer's fetch hides behind the work of its own layer alone.
+        """
+        resident = 0 if self.resident_layers == "auto" else self.resident_layers
+        before = [layer * resident // num_layers for layer in range(num_layers + 1)]
+        size = self.chunk_size if self.value_dtype == "fp8" else None
+        return [
+            ValueForm("device" if after > count else self.value_placement, size)
+            for count, after in itertools.pairwise(before)
+        ]
 
     def landmark_bytes(self, shape: ModelShape, tokens: int) -> int:
         """Of the landmarks of one layer of one prompt, with their scales."""

@@ -246,6 +246,7 @@ def describe_batches(config: BenchConfig) -> Plan:
                 "cell": case.cell,
                 "context_length": case.context_length,
                 "batch_size": case.batch_size,
+                "resident_layers": case.resident_layers,
                 "device_bytes": {item.name: item.device for item in items if item.device},
                 "host_bytes": {item.name: item.host for item in items if item.host},
                 "phase_ms": phases,
@@ -259,6 +260,8 @@ def describe_batches(config: BenchConfig) -> Plan:
         ]
         if any(item.host for item in items):
             held = ", ".join(f"{i.name} {format_bytes(i.host)}" for i in items if i.host)
+            if case.resident_layers:
+                held += f"; {case.resident_layers} layers' values are on the device"
             lines.append(f"  pinned host memory: {held}")
         if phases:
             shown = ", ".join(f"{k} {v:.2f}" for k, v in phases.items() if k != "step")

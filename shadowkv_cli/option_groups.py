@@ -201,6 +201,14 @@ class MethodOptions:
     landmark_dtype: Annotated[
         list[str] | None, _many("model|fp8", "The same for landmarks, which select chunks")
     ] = None
+    resident_layers: Annotated[
+        list[str] | None,
+        _many(
+            "N|auto",
+            "Layers, spread evenly, whose values stay with the model though --value-placement is "
+            "host; auto, for bench: as many as fit",
+        ),
+    ] = None
 
     def specs(self, *, star: bool = False) -> list[MethodSpec]:
         """Every combination of the settings given, applied to every method.

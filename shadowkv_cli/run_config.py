@@ -61,6 +61,10 @@ class EvalConfig:
                 raise UsageError(f"{option} must be at least 1, not {value}.")
         if self.num_samples is not None and self.num_samples < 1:
             raise UsageError(f"--num-samples must be at least 1, not {self.num_samples}.")
+        if any(getattr(spec, "resident_layers", 0) == "auto" for spec in self.specs):
+            raise UsageError(
+                "resident_layers auto is for bench, which fills the memory: give a number."
+            )
 
 
 def parse_hit_rates(values: Sequence[str] | None) -> tuple[float | None, ...]:

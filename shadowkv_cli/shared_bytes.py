@@ -26,12 +26,8 @@ def shared_cache_bytes(
     """
     shadow = [spec for spec in specs if isinstance(spec, ShadowKVSpec)]
     width = shape.key_width
-    forms = {spec.value_form for spec in shadow}
     exact = any(spec.name in ("full", "oracle", "random") for spec in specs)
-    elements = 0
-    if exact:
-        elements += width * 2 * (prompt_tokens + new_tokens)
-        forms.discard(ValueForm("device"))  # they are among these
+    elements = width * 2 * (prompt_tokens + new_tokens) if exact else 0
     elements += max((spec.rank for spec in shadow), default=0) * (prompt_tokens + width)
     elements += width * sum(_own_tokens(spec, prompt_tokens, new_tokens) for spec in specs)
     landmarks = {
@@ -40,9 +36,14 @@ def shared_cache_bytes(
         )
         for s in shadow
     }
-    values = layer_bytes(forms, shape, prompt_tokens)
-    device = elements * shape.element_bytes + sum(landmarks.values()) + values.device
-    return CacheBytes(shape.num_layers * device, shape.num_layers * values.host)
+    there = {ValueForm("device")} if exact else set()  # counted with the exact keys
+    by_layer = zip(*(spec.value_forms(shape.num_layers) for spec in shadow), strict=True)
+    values = [layer_bytes(set(forms) - there, shape, prompt_tokens) for forms in by_layer]
+    a_layer = elements * shape.element_bytes + sum(landmarks.values())
+    return CacheBytes(
+        shape.num_layers * a_layer + sum(held.device for held in values),
+        sum(held.host for held in values),
+    )
 
 
 def _own_tokens(spec: MethodSpec, prompt_tokens: int, new_tokens: int) -> int:

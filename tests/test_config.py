@@ -289,6 +289,7 @@ def test_every_field_can_be_set_by_its_text() -> None:
         "key_buffer": "1.5",
         "value_dtype": "fp8",
         "landmark_dtype": "fp8",
+        "resident_layers": "3",
         "seed": "7",
         "sink_tokens": "9",
     }

@@ -89,7 +89,7 @@ def test_generate_ends_and_answers_as_without_a_graph() -> None:
 
 LAYOUTS = list(
     itertools.product(
-        ("device", "host"), ((1, 1), (4, 2), (1, 3), (2.5, 1)), (1, 2, 3, 5), (True, False)
+        ("device", "host", "1 layer"), ((1, 1), (4, 2), (1, 3), (2.5, 1)), (1, 2, 5), (True, False)
     )
 )
 
@@ -101,7 +101,8 @@ def test_where_chunks_lie_and_who_works_on_them_changes_no_bit(kept_in: str) -> 
     expected = None
     for placement, (value_buffer, key_buffer), lanes, captures in LAYOUTS:
         settings = SMALL | {
-            "value_placement": placement,
+            "value_placement": "device" if placement == "device" else "host",
+            "resident_layers": "1" if placement == "1 layer" else "0",
             "value_dtype": kept_in,
             "landmark_dtype": kept_in,
             "value_buffer": str(value_buffer),

@@ -283,7 +283,7 @@ def test_bytes_of_cells_together_are_what_the_store_holds() -> None:
     alone = [spec_of(), spec_of(rank=8), spec_of(), spec_of()]
     own = sum(
         shared_cache_bytes([spec], SHAPE, 4096, 8).device
-        - spec.value_form.data_bytes(SHAPE, 4096) * 2
+        - spec.value_forms(2)[0].data_bytes(SHAPE, 4096) * 2
         - spec.landmark_bytes(SHAPE, 4096) * 2
         - spec.rank * (4096 + 32) * 4 * 2
         for spec in alone

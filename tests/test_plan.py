@@ -30,10 +30,11 @@ RUN = Path(__file__).parents[1] / "results" / "h100-decode"
     rank=st.integers(1, 400),
     buffers=st.tuples(st.floats(1, 8), st.floats(1, 8)),
     landmarks=st.sampled_from([1, 2]),
-    placement=st.sampled_from(["device", "host"]),
+    dtypes=st.tuples(*[st.sampled_from(["model", "fp8"])] * 2),
+    resident=st.one_of(st.none(), st.integers(0, 32)),
 )
 def test_items_add_up_to_what_a_cache_holds(
-    tokens, new, batch, budget, chunk, rank, buffers, landmarks, placement
+    tokens, new, batch, budget, chunk, rank, buffers, landmarks, dtypes, resident
 ) -> None:
     settings = {
         "sparse_budget": str(budget * chunk),
@@ -42,7 +43,10 @@ def test_items_add_up_to_what_a_cache_holds(
         "landmarks_per_chunk": str(landmarks),
         "value_buffer": str(buffers[0]),
         "key_buffer": str(buffers[1]),
-        "value_placement": placement,
+        "value_dtype": dtypes[0],
+        "landmark_dtype": dtypes[1],
+        "value_placement": "device" if resident is None else "host",
+        "resident_layers": str(resident or 0),
     }
     for spec in build_specs(["full", "shadowkv", "streaming"], settings):
         items = memory_items(spec, LLAMA, tokens, new, batch)

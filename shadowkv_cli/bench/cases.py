@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,12 @@ MOST_ON_CPU = 64
 
 @dataclass(frozen=True)
 class Case:
-    """One cell at one length and batch, driven to a hit rate or not."""
+    """One cell at one length and batch, driven to a hit rate or not.
+
+    Attributes:
+        spec: the method, its resident layers resolved to a number.
+        asked: the same as it was asked for, where that differs.
+    """
 
     spec: MethodSpec
     context_length: int
@@ -29,12 +34,25 @@ class Case:
     batch_size: int
     batch_rule: str
     hit_rate: float | None = None
+    asked: MethodSpec | None = None
+
+    @property
+    def asked_spec(self) -> MethodSpec:
+        return self.asked or self.spec
 
     @property
     def cell(self) -> str:
         """The cell's label; that it was driven is part of it, so that nobody mixes the two up."""
         driven = "" if self.hit_rate is None else f" (hits driven to {100 * self.hit_rate:g}%)"
-        return self.spec.cell + driven
+        return self.asked_spec.cell + driven
+
+    @property
+    def resident_layers(self) -> int | None:
+        """Of a method whose values are on the host, layers whose values are not; else None."""
+        if not isinstance(self.spec, ShadowKVSpec) or self.spec.value_placement != "host":
+            return None
+        assert self.spec.resident_layers != "auto", "resolved when the case is made"
+        return self.spec.resident_layers
 
 
 LANES_FROM = 4
@@ -80,9 +98,35 @@ class Room:
         """
         held = spec.cache_bytes(self.shape, tokens, settings.new_tokens)
         fits = self.free_bytes(settings) // held.device
-        if held.host:
-            fits = min(fits, free_host_bytes() // held.host)
-        return int(min(fits, MOST_ON_CPU) if self.device.type == "cpu" else fits)
+        if self.device.type == "cpu":
+            fits = min(fits, MOST_ON_CPU)
+        on_host = free_host_bytes() if held.host else 0
+        while fits > 0 and self._host_bytes(spec, tokens, settings, fits) > on_host:
+            fits -= 1
+        return fits
+
+    def _host_bytes(
+        self, spec: MethodSpec, tokens: int, settings: BenchSettings, batch: int
+    ) -> int:
+        resolved = self.resolve(spec, tokens, settings, batch)
+        return batch * resolved.cache_bytes(self.shape, tokens, settings.new_tokens).host
+
+    def resolve(
+        self, spec: MethodSpec, tokens: int, settings: BenchSettings, batch: int
+    ) -> MethodSpec:
+        """The method with as many resident layers as the device holds, where they are `auto`.
+
+        A CPU has one memory for both, so there are none.
+        """
+        if not isinstance(spec, ShadowKVSpec) or spec.resident_layers != "auto":
+            return spec
+        if self.device.type == "cpu":
+            return replace(spec, resident_layers=0)
+        held = spec.cache_bytes(self.shape, tokens, settings.new_tokens)
+        [form, *_] = spec.value_forms(self.shape.num_layers)
+        room = self.free_bytes(settings) - batch * held.device
+        layers = max(room, 0) // (batch * form.data_bytes(self.shape, tokens))
+        return replace(spec, resident_layers=min(layers, self.shape.num_layers))
 
 
 def make_cases(
@@ -97,20 +141,21 @@ def make_cases(
         measured: rows of the run that is continued; their batches stay, although the memory that is
             free may have changed.
     """
-    sizes = {
-        (r.get("spec", r["cell"]), r["context_length"], r["batch_rule"]): r["batch_size"]
-        for r in measured
-    }
+    before = {(r.get("spec", r["cell"]), r["context_length"], r["batch_rule"]): r for r in measured}
     cases = []
     for length in settings.context_lengths:
         tokens = settings.prompt_tokens(length)
         for rule in settings.batch_rules:
             for spec in specs:
-                size = int(rule) if rule.isdigit() else sizes.get((spec.cell, length, rule), 0)
+                row = before.get((spec.cell, length, rule), {})
+                size = int(rule) if rule.isdigit() else row.get("batch_size", 0)
                 if not size:
                     by = FullSpec() if rule == "equal" else spec
                     size = room.largest_batch(by, tokens, settings)
-                needed = spec.cache_bytes(room.shape, tokens, settings.new_tokens).device
+                resolved = _as_before(spec, row)
+                if resolved is None:
+                    resolved = room.resolve(spec, tokens, settings, max(size, 1))
+                needed = resolved.cache_bytes(room.shape, tokens, settings.new_tokens).device
                 free = room.free_bytes(settings)
                 if size < 1 or needed * size > free:
                     batch = max(size, 1)
@@ -120,5 +165,15 @@ def make_cases(
                         "or --context-length."
                     )
                 rates = settings.hit_rates if isinstance(spec, ShadowKVSpec) else (None,)
-                cases += [Case(spec, length, tokens, size, rule, rate) for rate in rates]
+                cases += [
+                    Case(resolved, length, tokens, size, rule, rate, asked=spec) for rate in rates
+                ]
     return cases
+
+
+def _as_before(spec: MethodSpec, row: Row) -> MethodSpec | None:
+    """The method as a row of the run that is continued resolved it; None for others."""
+    if getattr(spec, "resident_layers", 0) != "auto" or not row:
+        return None
+    assert isinstance(spec, ShadowKVSpec)
+    return replace(spec, resident_layers=row["resident_layers"])

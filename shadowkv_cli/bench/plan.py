@@ -7,6 +7,7 @@ time of its bytes at a share of the probe; the constants were fitted to runs on 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -58,23 +59,27 @@ def memory_items(
     if not isinstance(spec, ShadowKVSpec) or spec.is_dense(prompt_tokens):
         held = spec.cache_bytes(shape, prompt_tokens, new_tokens)
         return [Item("keys and values", held.device * batch, held.host * batch)]
-    kept, layers = spec.keeps(prompt_tokens), shape.num_layers * batch
+    kept = spec.keeps(prompt_tokens)
+    landmarks = batch * shape.num_layers * spec.landmark_bytes(shape, prompt_tokens)
     fixed = kept.outlier_tokens + kept.local_tokens + new_tokens
     keys, values = (
         buffer_slots(kept.selected_chunks, factor) * spec.chunk_size
         for factor in (spec.key_buffer, spec.value_buffer)
     )
-    form = spec.value_form
-    prompt_values = layers * form.data_bytes(shape, prompt_tokens)
-    on_host = form.placement == "host"
+    forms = spec.value_forms(shape.num_layers)
+    beside, on_host = (
+        batch * sum(f.data_bytes(shape, prompt_tokens) for f in forms if f.placement == placement)
+        for placement in ("device", "host")
+    )
+    scales = batch * sum(form.scale_bytes(shape, prompt_tokens) for form in forms)
     return [
-        Item("landmarks", layers * spec.landmark_bytes(shape, prompt_tokens)),
+        Item("landmarks", landmarks),
         Item("low-rank keys", unit * spec.rank * (prompt_tokens + width)),
         Item("key buffer", unit * width * keys),
         Item("value buffer", unit * width * values),
         Item("outliers, local and generated tokens", unit * width * 2 * fixed),
-        Item("values", 0 if on_host else prompt_values, prompt_values if on_host else 0),
-        Item("scales of values", layers * form.scale_bytes(shape, prompt_tokens)),
+        Item("values", beside, on_host),
+        Item("scales of values", scales),
     ]
 
 
@@ -91,7 +96,8 @@ def phase_ms(
 ) -> dict[str, float]:
     """Milliseconds of each phase of a step, and of the whole as `step`; of the selected at hand.
 
-    What is selected comes from the host with `value_placement=host`; the bus must be probed then.
+    Values that lie on the host come over the bus, which must be probed then; chunks of 1 KiB are
+    taken to come as fast as those of 2 KiB, since a warp of the kernel reads two of them at once.
     """
     read = probe.memory_read_gb_s * 1e6  # bytes a millisecond
     layers, token = shape.num_layers, shape.head_dim * shape.element_bytes
@@ -116,10 +122,16 @@ def phase_ms(
         found["residency"] = layers * lanes * tables * LAUNCH_US["residency"] / 1e3
         rebuilt = missing * (spec.rank * shape.element_bytes + 2 * token)
         found["rebuild"] = phase("rebuild", lanes, rebuilt)
-        bus = probe.zero_copy_gather_gb_s or probe.h2d_gb_s
-        if spec.value_placement == "host" and bus:
-            fetched = spec.value_form.data_bytes(shape, 1) / shape.num_kv_heads * missing
-            found["fetch"] = phase("fetch", lanes, fetched, bus * 1e6)
+        forms, bus = spec.value_forms(layers), probe.zero_copy_gather_gb_s or probe.h2d_gb_s
+        missed = batch * forms[0].data_bytes(shape, kept.selected_tokens) * (1 - hit_rate)
+        fetch = step = 0.0
+        for placement, count in Counter(form.placement for form in forms).items():
+            rate = bus if placement == "host" else probe.memory_read_gb_s
+            assert rate, "the bus is probed on every GPU"
+            own = phase("fetch", lanes, missed, rate * 1e6)
+            fetch += own * count / layers
+            step += _with_overlap(found | {"fetch": own}, lanes) * count / layers
+        return found | {"fetch": fetch, "step": step}
     return found | {"step": _with_overlap(found, lanes)}
 
 

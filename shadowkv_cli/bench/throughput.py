@@ -228,10 +228,11 @@ def describe_case(case: Case, settings: BenchSettings, loaded: LoadedModel) -> R
     wanted = spec.wanted(case.prompt_tokens) if isinstance(spec, SparseSpec) else None
     return {
         "cell": case.cell,
-        "spec": spec.cell,
+        "spec": case.asked_spec.cell,
         "driven_hit_rate": case.hit_rate,
         "method": spec.name,
-        "settings": spec.settings(),
+        "settings": case.asked_spec.settings(),
+        "resident_layers": case.resident_layers,
         "sparse_budget_tokens": wanted.selected_tokens if wanted else None,
         "outlier_tokens": wanted.outlier_tokens if wanted else None,
         "context_length": case.context_length,

@@ -26,7 +26,8 @@ def layout(spec: MethodSpec) -> tuple[object, ...]:
     if isinstance(spec, SparseSpec):
         key += (spec.chunk_size,)
     if isinstance(spec, ShadowKVSpec):
-        key += (spec.landmarks_per_chunk, spec.landmark_dtype, spec.value_form)
+        key += (spec.landmarks_per_chunk, spec.landmark_dtype)
+        key += (spec.value_dtype, spec.value_placement, spec.resident_layers)
     return key
 
 

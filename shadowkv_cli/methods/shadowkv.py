@@ -27,7 +27,7 @@ class ShadowKVGroup(SparseGroup):
             first.landmarks_per_chunk,
             first.landmark_dtype,
         )
-        self.value_form = first.value_form
+        self.value_forms = first.value_forms(self.shape.num_layers)
         if first.value_placement == "host" and store.device.type == "cuda":
             self.key_stream = SideStream(store.device)
         ranks = [spec.rank for spec in self.specs if isinstance(spec, ShadowKVSpec)]
@@ -77,7 +77,7 @@ class ShadowKVGroup(SparseGroup):
 
     def load_values(self, layer: int, placed: Placed) -> None:
         ops.fetch_values(
-            *self.store.value_store.chunked(layer, self.chunk_size, self.value_form),
+            *self.store.value_store.chunked(layer, self.chunk_size, self.value_forms[layer]),
             self.prompt_index,
             *placed,
             self.buffer(self.values[layer]),

@@ -74,11 +74,13 @@ class Needs:
         """Unite the needs of several methods."""
         shadow = [s for s in specs if isinstance(s, ShadowKVSpec)]
         exact = any(s.name in ("full", "oracle", "random") for s in specs)
-        forms = dict.fromkeys([*([EXACT] if exact else []), *(s.value_form for s in shadow)])
+        by_spec = [s.value_forms(num_layers) for s in shadow]
+        by_spec += [[EXACT] * num_layers] if exact else []
+        values = [dict.fromkeys(forms) for forms in zip(*by_spec, strict=True)]
         landmarks = {(s.chunk_size, s.landmarks_per_chunk, s.landmark_dtype) for s in shadow}
         return cls(
             keys=exact,
-            values=(tuple(forms),) * num_layers,
+            values=tuple(map(tuple, values)),
             rank=max((s.rank for s in shadow), default=0),
             landmarks=tuple(sorted(landmarks)),
             alignment=math.lcm(*{getattr(s, "chunk_size", 1) for s in specs}),
