@@ -16,8 +16,9 @@ using torch::stable::Tensor;
 
 std::tuple<Tensor, Tensor> build_landmarks(Tensor keys, int64_t chunk_size, int64_t per_chunk);
 
-Tensor select_chunks(Tensor query, Tensor landmarks, Tensor prompt_index, Tensor num_chunks,
-                     Tensor excluded, Tensor budget_chunks, int64_t max_chunks, double scale);
+Tensor select_chunks(Tensor query, Tensor landmarks, std::optional<Tensor> landmark_scales,
+                     Tensor prompt_index, Tensor num_chunks, Tensor excluded, Tensor budget_chunks,
+                     int64_t max_chunks, double scale);
 
 std::tuple<Tensor, Tensor, Tensor> update_residency(Tensor ids, Tensor step, Tensor chunk_of_slot,
                                                     Tensor last_used, Tensor slot_of_chunk);

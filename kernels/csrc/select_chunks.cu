@@ -1,6 +1,4 @@
 // select_chunks: see shadowkv_cli/ops/select_chunks.py.
-#include <algorithm>
-
 #include "common/dispatch.h"
 #include "common/stream.h"
 #include "select_scores.cuh"
@@ -10,23 +8,61 @@ namespace shadowkv {
 
 namespace {
 
-/// Keys of so many chunks stay in shared memory: 80 KiB, two blocks on a processor of an H100.
-constexpr int64_t MOST_SHARED_CHUNKS = 20 * 1024;
+/// Keys of so many chunks stay in shared memory: 160 KiB.
+constexpr int64_t MOST_SHARED_CHUNKS = 40 * 1024;
 
-void check_landmarks(const char* op, const Tensor& landmarks, const Tensor& query) {
-  check_words(landmarks, op, "landmarks", query);
-  const int64_t dim = landmarks.size(4), per_chunk = landmarks.size(3);
+void check_contiguous(const char* op, const char* name, const Tensor& t) {
+  int64_t step = 1;
+  for (int64_t i = t.dim() - 1; i >= 2; --i) {
+    SHADOWKV_CHECK(t.size(i) <= 1 || t.stride(i) == step, op, name,
+                   " must be contiguous from the chunks on");
+    step *= t.size(i);
+  }
+}
+
+void check_landmarks(const char* op, const Tensor& landmarks, const std::optional<Tensor>& scales,
+                     const Tensor& query) {
+  if (scales) {
+    check_dtype(landmarks, op, "landmarks", ScalarType::Float8_e4m3fn, "float8_e4m3fn with scales");
+    check_words(landmarks, op, "landmarks", landmarks);
+    check_device(landmarks, op, "landmarks", query);
+    check_device(*scales, op, "landmark_scales", query);
+    check_sizes(*scales, op, "landmark_scales",
+                {landmarks.size(0), landmarks.size(1), landmarks.size(2), landmarks.size(3)});
+    check_dtype(*scales, op, "landmark_scales", ScalarType::Float, "float32");
+    check_contiguous(op, "landmark_scales", *scales);
+  } else {
+    check_words(landmarks, op, "landmarks", query);
+  }
+  const int64_t per_chunk = landmarks.size(3);
   SHADOWKV_CHECK(per_chunk >= 1 && per_chunk <= SEGMENT, op, "landmarks must be 1 to ", SEGMENT,
                  " a chunk, got ", per_chunk);
-  SHADOWKV_CHECK((per_chunk == 1 || landmarks.stride(3) == dim) &&
-                     (landmarks.size(2) <= 1 || landmarks.stride(2) == per_chunk * dim),
-                 op, "landmarks must be contiguous from the chunks on");
+  check_contiguous(op, "landmarks", landmarks);
+}
+
+template <typename T, typename Stored, int D>
+void launch_scores(const SelectParams& p, int64_t rows, const Device& device) {
+  const size_t bytes = p.group * SCORE_STRIDE * sizeof(float);
+  score_chunks<T, Stored, D>
+      <<<dim3(p.segments, p.heads, rows), SCORE_WARPS * 32, bytes, device.stream()>>>(p);
+  device.check_launch();
+}
+
+template <bool SHARED>
+void launch_best(const SelectParams& p, int64_t rows, const Device& device) {
+  const size_t keys = SHARED ? (p.chunks + 3) / 4 * 4 * sizeof(uint32_t) : 0;
+  device.allow_shared(select_best<SHARED>,
+                      sizeof(TopRoom) + (SHARED ? MOST_SHARED_CHUNKS * sizeof(uint32_t) : 0));
+  select_best<SHARED>
+      <<<dim3(p.heads, rows), SELECT_THREADS, sizeof(TopRoom) + keys, device.stream()>>>(p);
+  device.check_launch();
 }
 
 }  // namespace
 
-Tensor select_chunks(Tensor query, Tensor landmarks, Tensor prompt_index, Tensor num_chunks,
-                     Tensor excluded, Tensor budget_chunks, int64_t max_chunks, double scale) {
+Tensor select_chunks(Tensor query, Tensor landmarks, std::optional<Tensor> landmark_scales,
+                     Tensor prompt_index, Tensor num_chunks, Tensor excluded, Tensor budget_chunks,
+                     int64_t max_chunks, double scale) {
   constexpr const char* op = "select_chunks";
   check_sizes(query, op, "query", {-1, -1, -1});
   const int64_t rows = query.size(0), q_heads = query.size(1), dim = query.size(2);
@@ -34,7 +70,7 @@ Tensor select_chunks(Tensor query, Tensor landmarks, Tensor prompt_index, Tensor
   const int64_t heads = landmarks.size(1), chunks = landmarks.size(2), parts = landmarks.size(3);
   const Device device(query, op, "query");
   query = dense_query(query);
-  check_landmarks(op, landmarks, query);
+  check_landmarks(op, landmarks, landmark_scales, query);
   check_table(prompt_index, op, "prompt_index", query, {rows});
   check_table(num_chunks, op, "num_chunks", query, {rows});
   check_table(budget_chunks, op, "budget_chunks", query, {rows});
@@ -53,6 +89,11 @@ Tensor select_chunks(Tensor query, Tensor landmarks, Tensor prompt_index, Tensor
   p.landmarks = landmarks.data_ptr();
   p.landmark_prompt = landmarks.stride(0);
   p.landmark_head = landmarks.stride(1);
+  if (landmark_scales) {
+    p.scales = static_cast<const float*>(landmark_scales->data_ptr());
+    p.scale_prompt = landmark_scales->stride(0);
+    p.scale_head = landmark_scales->stride(1);
+  }
   p.prompt_index = static_cast<const int*>(prompt_index.data_ptr());
   p.num_chunks = static_cast<const int*>(num_chunks.data_ptr());
   p.excluded = static_cast<const bool*>(excluded.data_ptr());
@@ -68,26 +109,30 @@ Tensor select_chunks(Tensor query, Tensor landmarks, Tensor prompt_index, Tensor
   p.scale = static_cast<float>(scale * 1.4426950408889634);
   p.ids = static_cast<int*>(ids.data_ptr());
 
+  p.logit_stride = ceil_div(chunks, 4) * 4;  // whole 16-byte words
   const bool in_shared = chunks <= MOST_SHARED_CHUNKS;
-  Tensor logits = scratch(query, rows * q_heads * chunks, ScalarType::Float);
+  Tensor logits = scratch(query, rows * q_heads * p.logit_stride, ScalarType::Float);
   Tensor totals = scratch(query, rows * q_heads * p.segments * 2, ScalarType::Float);
   Tensor keys = scratch(query, in_shared ? 0 : rows * heads * chunks, ScalarType::Int);
   p.logits = static_cast<float*>(logits.data_ptr());
   p.totals = static_cast<float2*>(totals.data_ptr());
-  p.keys = in_shared ? nullptr : static_cast<uint32_t*>(keys.data_ptr());
+  p.keys = static_cast<uint32_t*>(keys.data_ptr());
 
   dispatch(op, query.scalar_type(), dim, [&](auto type, auto head_dim) {
     using T = typename decltype(type)::type;
+    constexpr int D = decltype(head_dim)::value;
     if (p.segments == 0) return;
-    const size_t bytes = p.group * SCORE_STRIDE * sizeof(float);
-    score_chunks<T, decltype(head_dim)::value>
-        <<<dim3(p.segments, heads, rows), SCORE_WARPS * 32, bytes, device.stream()>>>(p);
-    device.check_launch();
+    if (p.scales) {
+      launch_scores<T, Fp8, D>(p, rows, device);
+    } else {
+      launch_scores<T, T, D>(p, rows, device);
+    }
   });
-  const size_t bytes = in_shared ? std::max<int64_t>(chunks, 1) * sizeof(uint32_t) : 0;
-  device.allow_shared(select_best, MOST_SHARED_CHUNKS * sizeof(uint32_t));
-  select_best<<<dim3(heads, rows), SELECT_THREADS, bytes, device.stream()>>>(p);
-  device.check_launch();
+  if (in_shared) {
+    launch_best<true>(p, rows, device);
+  } else {
+    launch_best<false>(p, rows, device);
+  }
   return ids;
 }
 

@@ -10,26 +10,29 @@ namespace shadowkv {
 struct SelectParams {
   const void* query;      // [R, Hq, D], contiguous
   const void* landmarks;  // [P, Hk, C, L, D], contiguous from C on
-  int64_t landmark_prompt, landmark_head;
+  const float* scales;    // [P, Hk, C, L], contiguous from C on: of landmarks in 8 bits, or null
+  int64_t landmark_prompt, landmark_head, scale_prompt, scale_head;
   const int* prompt_index;  // [R]
   const int* num_chunks;    // [R]
   const bool* excluded;     // [R, Hk, C]
   int64_t excluded_row, excluded_head;
   const int* budget_chunks;  // [R]
-  int heads, group, chunks, per_chunk, max_chunks;
+  int heads, group, chunks, per_chunk, max_chunks, logit_stride;
   int segments, segment_chunks;  // a block of the first kernel scores a segment of the chunks
   float scale;                   // holds log2 e: logits are in base 2
-  float* logits;                 // [R, Hq, C], minus infinity where a chunk is barred
+  float* logits;                 // [R, Hq, logit_stride], minus infinity where a chunk is barred
   float2* totals;                // [R, Hq, segments]: highest logit, sum of 2^(logit - highest)
-  uint32_t* keys;                // [R, Hk, C], or null where shared memory holds them
+  uint32_t* keys;                // [R, Hk, C], where shared memory does not hold them
   int* ids;                      // [R, Hk, N]
 };
 
 constexpr int SCORE_WARPS = 4;
-constexpr int SEGMENT = 512;                // landmarks
-constexpr int SCORE_STRIDE = SEGMENT + 8;   // query heads lie in banks of their own
+constexpr int SEGMENT = 256;               // landmarks
+constexpr int SCORE_STRIDE = SEGMENT + 8;  // query heads lie in banks of their own
 constexpr int MAX_QUERY_GROUP = 16;
-constexpr int SELECT_DIGIT_BITS = 11;
+constexpr int SELECT_DIGIT_BITS = 10;
 constexpr int SELECT_THREADS = 1 << (SELECT_DIGIT_BITS - 1);
+constexpr int SELECT_BINS = 2048;
+constexpr int MOST_TIED = 1024;  // keys in a bin that are compared with each other
 
 }  // namespace shadowkv

@@ -1,59 +1,107 @@
 // First kernel of select_chunks: one read of the landmarks, all query heads of a group at once.
 #pragma once
 
+#include <type_traits>
+
 #include "common/block.cuh"
+#include "common/fp8.cuh"
 #include "select_params.h"
 
 namespace shadowkv {
 
-/// Raw logits of a segment's landmarks into scores [G, SCORE_STRIDE], on the tensor cores.
+/// How a lane reads landmarks [*, D] on the way to the tensor cores: of eight at a time one, pieces
+/// of so many bytes, each beside those of its three neighbours.
+template <typename Stored, int D>
+struct Pieces {
+  static constexpr int BYTES = D * sizeof(Stored) % 64 == 0 ? 16 : 8;
+  static constexpr int WORDS = BYTES / 4;
+  static constexpr int DIMS = BYTES / sizeof(Stored);
+  static constexpr int COUNT = D / 4 / DIMS;
+  static constexpr int TILES = 16 / COUNT;  // of eight landmarks: so many loads are in flight
+
+  static __device__ void load(const Stored* from, uint32_t (&words)[WORDS]) {
+    if constexpr (BYTES == 16) {
+      const uint4 four = load_once(from);
+      words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+    } else {
+      const uint2 two = load_once_8(from);
+      words[0] = two.x, words[1] = two.y;
+    }
+  }
+
+  /// The two operands of the `step`-th product of a piece: four dimensions a lane.
+  static __device__ uint2 operands(const uint32_t (&words)[WORDS], int step) {
+    if constexpr (sizeof(Stored) == 1) {
+      return make_uint2(halves_of(words[step], 0), halves_of(words[step], 1));
+    } else {
+      return make_uint2(words[2 * step], words[2 * step + 1]);
+    }
+  }
+};
+
+/// Four elements as two registers of another type of the same size.
+template <typename To, typename From>
+__device__ uint2 converted(uint2 four) {
+  if constexpr (std::is_same_v<To, From>) return four;
+  From x[4];
+  memcpy(x, &four, sizeof(x));
+  return make_uint2(pack<To>(to_float(x[0]), to_float(x[1])),
+                    pack<To>(to_float(x[2]), to_float(x[3])));
+}
+
+/// Products of a segment's landmarks and the queries into scores [G, SCORE_STRIDE].
 ///
-/// Landmarks go from memory to registers: a lane reads 16 bytes of a row, and the query is permuted
-/// in the same way, so that the product does not see the order of the dimensions.
-template <typename T, int D>
-__device__ void score_landmarks(const SelectParams& p, const T* queries, const T* landmarks,
+/// Landmarks go from memory to registers, and the query is permuted in the same way, so that the
+/// product does not see the order of the dimensions. Those in 8 bits are multiplied as halves.
+template <typename T, typename Stored, int D>
+__device__ void score_landmarks(const SelectParams& p, const T* queries, const Stored* landmarks,
                                 int count, float* scores) {
-  constexpr int TILES = 4;  // of 8 landmarks: 16 loads in flight at D = 128
+  using Product = std::conditional_t<sizeof(Stored) == 1, __half, T>;
+  using Piece = Pieces<Stored, D>;
+  constexpr int STEPS = Piece::DIMS / 4;
   const int lane = threadIdx.x % 32, quad = lane % 4;
   uint32_t query[D / 16][4];
 #pragma unroll
-  for (int j = 0; j < D / 32; ++j) {
-    uint4 rows[2] = {};
+  for (int s = 0; s < D / 16; ++s) {
+    const int d = (s / STEPS * 4 + quad) * Piece::DIMS + s % STEPS * 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int g = lane / 4 + half * 8;
+      uint2 four = make_uint2(0, 0);
       if (g < p.group) {
-        rows[half] = *reinterpret_cast<const uint4*>(queries + g * D + (j * 4 + quad) * 8);
+        four = converted<Product, T>(*reinterpret_cast<const uint2*>(queries + g * D + d));
       }
+      query[s][half] = four.x, query[s][half + 2] = four.y;
     }
-    const uint4 &a = rows[0], &b = rows[1];
-    query[2 * j][0] = a.x, query[2 * j][1] = b.x, query[2 * j][2] = a.y, query[2 * j][3] = b.y;
-    query[2 * j + 1][0] = a.z, query[2 * j + 1][1] = b.z;
-    query[2 * j + 1][2] = a.w, query[2 * j + 1][3] = b.w;
   }
+  constexpr int TILES = Piece::TILES;
   for (int first = threadIdx.x / 32 * TILES * 8; first < count; first += SCORE_WARPS * TILES * 8) {
-    uint4 words[TILES][D / 32];
+    uint32_t words[TILES][Piece::COUNT][Piece::WORDS];
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
       // Beyond the last landmark the last one is read again; its logits are never looked at.
-      const T* row = landmarks + static_cast<int64_t>(min(first + n * 8 + lane / 4, count - 1)) * D;
+      const Stored* row =
+          landmarks + static_cast<int64_t>(min(first + n * 8 + lane / 4, count - 1)) * D;
 #pragma unroll
-      for (int j = 0; j < D / 32; ++j) words[n][j] = load_once(row + (j * 4 + quad) * 8);
+      for (int j = 0; j < Piece::COUNT; ++j) {
+        Piece::load(row + (j * 4 + quad) * Piece::DIMS, words[n][j]);
+      }
     }
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
       float c[4] = {};
 #pragma unroll
-      for (int j = 0; j < D / 32; ++j) {
-        multiply_add<T>(c, query[2 * j], words[n][j].x, words[n][j].y);
-        multiply_add<T>(c, query[2 * j + 1], words[n][j].z, words[n][j].w);
+      for (int s = 0; s < D / 16; ++s) {
+        const uint2 b = Piece::operands(words[n][s / STEPS], s % STEPS);
+        multiply_add<Product>(c, query[s], b.x, b.y);
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int g = lane / 4 + half * 8;
-        if (g < p.group) {
+        // A segment may end within the tiles: what lies behind is another head's, or nothing.
+        if (g < p.group && first + n * 8 < SEGMENT) {
           *reinterpret_cast<float2*>(scores + g * SCORE_STRIDE + first + n * 8 + quad * 2) =
-              make_float2(c[half * 2] * p.scale, c[half * 2 + 1] * p.scale);
+              make_float2(c[half * 2], c[half * 2 + 1]);
         }
       }
     }
@@ -61,9 +109,9 @@ __device__ void score_landmarks(const SelectParams& p, const T* queries, const T
 }
 
 /// The same in float32, a landmark a warp.
-template <int D>
+template <typename Stored, int D>
 __device__ void score_landmarks_float(const SelectParams& p, const float* queries,
-                                      const float* landmarks, int count, float* scores) {
+                                      const Stored* landmarks, int count, float* scores) {
   constexpr int OWN = D / 32;
   const int lane = threadIdx.x % 32;
   float query[MAX_QUERY_GROUP][OWN];
@@ -76,7 +124,7 @@ __device__ void score_landmarks_float(const SelectParams& p, const float* querie
     float landmark[OWN];
 #pragma unroll
     for (int i = 0; i < OWN; ++i) {
-      landmark[i] = landmarks[static_cast<int64_t>(row) * D + i * 32 + lane];
+      landmark[i] = to_float(landmarks[static_cast<int64_t>(row) * D + i * 32 + lane]);
     }
 #pragma unroll
     for (int g = 0; g < MAX_QUERY_GROUP; ++g) {
@@ -84,50 +132,61 @@ __device__ void score_landmarks_float(const SelectParams& p, const float* querie
         float logit = 0;
 #pragma unroll
         for (int i = 0; i < OWN; ++i) logit += query[g][i] * landmark[i];
-        logit = warp_sum(logit) * p.scale;
+        logit = warp_sum(logit);
         if (lane == 0) scores[g * SCORE_STRIDE + row] = logit;
       }
     }
   }
 }
 
-/// log2 of the sum of 2^x over a chunk's landmarks.
-__device__ inline float combine(const float* logits, int count) {
-  if (count == 1) return logits[0];
+/// log2 of the sum of 2^(scale x) over a chunk's landmarks; `scales` are their own, or null.
+__device__ inline float combine(const float* products, const float* scales, int count,
+                                float scale) {
+  auto logit = [&](int i) { return products[i] * (scales ? scale * scales[i] : scale); };
+  if (count == 1) return logit(0);
   float highest = -INFINITY, total = 0;
-  for (int i = 0; i < count; ++i) highest = fmaxf(highest, logits[i]);
-  for (int i = 0; i < count; ++i) total += weight(logits[i], highest);
+  for (int i = 0; i < count; ++i) highest = fmaxf(highest, logit(i));
+  for (int i = 0; i < count; ++i) total += weight(logit(i), highest);
   return highest + log2f(total);
 }
 
 /// Grid [segments, Hk, R]: logits of a segment's chunks, and the total of their softmax.
-template <typename T, int D>
+template <typename T, typename Stored, int D>
 __global__ void __launch_bounds__(SCORE_WARPS * 32)
     score_chunks(const __grid_constant__ SelectParams p) {
   extern __shared__ __align__(16) float scores[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t r = blockIdx.z, head = blockIdx.y, first_head = (r * p.heads + head) * p.group;
+  const int64_t prompt = p.prompt_index[r];
   const int first = blockIdx.x * p.segment_chunks;
   const int end = min(first + p.segment_chunks, min(p.num_chunks[r], p.chunks));
   const int count = max(end - first, 0);
   const T* queries = static_cast<const T*>(p.query) + first_head * D;
-  const T* landmarks = static_cast<const T*>(p.landmarks) + p.prompt_index[r] * p.landmark_prompt +
-                       head * p.landmark_head + static_cast<int64_t>(first) * p.per_chunk * D;
+  const Stored* landmarks = static_cast<const Stored*>(p.landmarks) + prompt * p.landmark_prompt +
+                            head * p.landmark_head + static_cast<int64_t>(first) * p.per_chunk * D;
   if constexpr (sizeof(T) == 4) {
-    score_landmarks_float<D>(p, queries, landmarks, count * p.per_chunk, scores);
+    score_landmarks_float<Stored, D>(p, queries, landmarks, count * p.per_chunk, scores);
   } else {
-    score_landmarks<T, D>(p, queries, landmarks, count * p.per_chunk, scores);
+    score_landmarks<T, Stored, D>(p, queries, landmarks, count * p.per_chunk, scores);
   }
   __syncthreads();
 
   const bool* excluded = p.excluded + r * p.excluded_row + head * p.excluded_head + first;
+  const float* scales = p.scales;
+  if (scales) {
+    scales += prompt * p.scale_prompt + head * p.scale_head +
+              static_cast<int64_t>(first) * p.per_chunk;
+  }
   for (int g = warp; g < p.group; g += SCORE_WARPS) {
-    float* logits = p.logits + (first_head + g) * p.chunks + first;
+    float* logits = p.logits + (first_head + g) * p.logit_stride + first;
     float highest = -INFINITY, total = 0;
     for (int c = lane; c < count; c += 32) {
       // Barred chunks may hold anything: their logits are never looked at.
-      const float* raw = scores + g * SCORE_STRIDE + c * p.per_chunk;
-      const float logit = excluded[c] ? -INFINITY : combine(raw, p.per_chunk);
+      const int of_chunk = c * p.per_chunk;
+      const float logit = excluded[c] ? -INFINITY
+                                      : combine(scores + g * SCORE_STRIDE + of_chunk,
+                                                scales ? scales + of_chunk : nullptr, p.per_chunk,
+                                                p.scale);
       logits[c] = logit;
       const float most = fmaxf(highest, logit);
       total = total * weight(highest, most) + weight(logit, most);

@@ -41,6 +41,14 @@ __device__ inline uint4 load_once(const void* from) {
   return out;
 }
 
+__device__ inline uint2 load_once_8(const void* from) {
+  uint2 out;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+               : "=r"(out.x), "=r"(out.y)
+               : "l"(from));
+  return out;
+}
+
 /// Four 8 x 8 matrices; lane l gives the address of row l%8 of matrix l/8.
 __device__ inline void load_matrices(uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
