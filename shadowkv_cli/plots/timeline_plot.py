@@ -25,6 +25,9 @@ PHASES = {
 }
 """Phases as they are drawn, and those of the rows that each is made of."""
 
+HATCHES = dict(zip(PHASES, ("", "////", "xxxx", "\\\\\\\\", "", "", "++++"), strict=True))
+"""Lines alone: dots would make the SVG ten times as large."""
+
 BESIDE = ("fetch", "rebuild")
 """On streams of their own, beside other lanes' selection and attention."""
 
@@ -208,7 +211,7 @@ def _draw_steps(axes: Axes, steps: Sequence[_Step], inches: Sequence[float]) -> 
                     left=left,
                     height=BAR_INCHES * 0.92,
                     color=colour,
-                    hatch=style.HATCHES[which],
+                    hatch=HATCHES[part[0]],
                     edgecolor="white",
                     linewidth=0.4,
                 )
@@ -261,7 +264,7 @@ def draw(data: PlotData) -> Figure:
         title = f"{lengths.pop():,} tokens of context" if len(lengths) == 1 else ""
         axis.set_title(data.title(title, series), loc="left")
     handles: list[Any] = [
-        Patch(facecolor=style.OKABE_ITO[i], hatch=style.HATCHES[i], edgecolor="white", label=name)
+        Patch(facecolor=style.OKABE_ITO[i], hatch=HATCHES[name], edgecolor="white", label=name)
         for i, name in enumerate(PHASES)
         if any(name in step.phases for _, steps in found for step in steps)
     ]
