@@ -16,6 +16,7 @@ from shadowkv_cli.bench.probes import device_name
 from shadowkv_cli.bench.state import fill_prompts, fill_synthetic, random_prompts
 from shadowkv_cli.config import CacheBytes, MethodSpec, SparseSpec
 from shadowkv_cli.errors import UsageError
+from shadowkv_cli.methods.pinned import idle_bytes
 from shadowkv_cli.model.loading import LoadedModel
 from shadowkv_cli.model.session import MethodFailure, Session
 from shadowkv_cli.run_config import BenchSettings
@@ -45,7 +46,7 @@ def _all_fit(
     free = free_bytes(loaded.device, settings)
     if loaded.device.type == "cpu":
         return needed.device + needed.host <= free
-    return needed.device <= free and needed.host <= free_host_bytes()
+    return needed.device <= free and needed.host <= free_host_bytes() + idle_bytes()
 
 
 class _Bench:
