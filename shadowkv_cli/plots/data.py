@@ -106,7 +106,7 @@ def load(runs: Sequence[Run]) -> PlotData:
             throughput_records(run.throughput),
             run.predictions,
             run.throughput,
-            run.manifest["environment"].get("probe") or {},
+            (run.manifest.get("environment") or {}).get("probe") or {},
         )
         for run in runs
     ]
