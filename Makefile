@@ -21,6 +21,9 @@ DECODE := $(SHADOWKV) bench --state synthetic --share --sparse-budget 2048 --ran
 	--outlier-chunks 48 --value-placement host --warmup-steps 40 --decode-steps 24 --rounds 4
 LLAMA := --model shape:llama-3.1-8b --context-length 122880
 EXACT := --method shadowkv:value_buffer=4,key_buffer=4
+BYTES := shadowkv:value_buffer=4,key_buffer=2,value_dtype=fp8
+FP8 := --method $(BYTES) --method $(BYTES),landmark_dtype=fp8 \
+	--method $(BYTES),landmark_dtype=fp8,landmarks_per_chunk=2,sparse_budget=1024
 # A batch whose values pin in a minute; every cell of a setting has buffers of its own on the GPU.
 LEVER_BATCH ?= 8
 MORE_LEVERS ?=
@@ -30,7 +33,7 @@ export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-smollm2 train-demo test test-smollm2 test-gpu sanitize-gpu lint format typecheck bench-data \
-	bench-ops bench-gpu bench-lengths bench-levers kernels wheel clean
+	bench-ops bench-gpu bench-fp8 bench-lengths bench-levers kernels wheel clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -125,6 +128,11 @@ bench-gpu: kernels ## Decode throughput on a GPU at 122,880 tokens, beside the t
 	$(DECODE) $(LLAMA) --batch-size auto,1 --eager-baseline --method full $(EXACT) \
 		--hit-rate 0.59,0.88 --output $(GPU_RUN)
 	$(BIN)/python -m shadowkv_cli.bench.op_speed --batch-size 1,8,24 --json > $(GPU_RUN)/ops.json
+	$(BIN)/python -m shadowkv_cli.bench.targets $(GPU_RUN)
+	@$(SHADOWKV) plot $(GPU_RUN)
+
+bench-fp8: kernels ## The same with values and landmarks in 8 bits, after bench-gpu: some 6 minutes
+	$(DECODE) $(LLAMA) --batch-size auto $(FP8) --hit-rate 0.88 --output $(GPU_RUN)
 	$(BIN)/python -m shadowkv_cli.bench.targets $(GPU_RUN)
 	@$(SHADOWKV) plot $(GPU_RUN)
 

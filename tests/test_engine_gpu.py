@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from shadowkv_cli.bench.driven_hits import drive
 from shadowkv_cli.bench.state import fill_synthetic
 from shadowkv_cli.cells import build_specs
 from shadowkv_cli.cli import run
+from shadowkv_cli.methods.pinned import idle_bytes
 from shadowkv_cli.model.fused import join_projections
 from shadowkv_cli.model.loading import LoadedModel, describe
 from shadowkv_cli.model.session import Session
@@ -228,3 +230,30 @@ def test_graphs_lanes_and_the_baseline_are_rows_of_one_run(tmp_path: Path) -> No
     captured = next(row for row in rows if row["method"] == "shadowkv" and row["captured"])
     assert {"select", "fetch", "rebuild", "attention"} <= captured["phase_ms"].keys()
     assert captured["phase_bytes"]["fetch"] > 0
+
+
+def test_a_batch_on_memory_that_another_one_left_decodes_the_same() -> None:
+    loaded = on_gpu("llama")
+    (spec,) = build_specs(["shadowkv"], SMALL | {"value_placement": "host"})
+
+    def decoded(prompts: int) -> list[list[int]]:
+        session = Session(
+            loaded, [spec], prompt_tokens=512, new_tokens=10, num_prompts=prompts,
+            merge_cells=False,
+        )  # fmt: skip
+        tokens, taken = fill_synthetic(session, 512), []
+        session.focus(spec)
+        with session.attached():
+            for _ in range(10):
+                tokens = session.next_tokens(tokens).tokens.clone()
+                taken.append(tokens.tolist())
+        return taken
+
+    expected = decoded(2)
+    decoded(5)
+    gc.collect()
+    left = idle_bytes()
+    assert left > 0
+    assert decoded(2) == expected
+    gc.collect()
+    assert idle_bytes() == left, "nothing was pinned anew"

@@ -125,12 +125,16 @@ def test_the_command_writes_targets_and_the_table(
 ) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- targets -->\nold\n<!-- /targets -->\nafter\n")
+    manifest = json.loads((small_run / "manifest.json").read_text())
+    manifest["earlier_sessions"] = [{"command": ["shadowkv", "before"]}]
+    (small_run / "manifest.json").write_text(json.dumps(manifest))
     given = [str(small_run), str(small_run), "--readme", str(page)]
     monkeypatch.setattr(sys, "argv", ["targets", *given])
     targets.main()
     assert "not measured" in capsys.readouterr().out
     rows = json.loads((small_run / "targets.json").read_text())
     assert len(rows) == len(TARGETS)
+    assert rows[0]["command"] == f"shadowkv before && {' '.join(manifest['command'])}"
     assert page.read_text() == (
         f"before\n<!-- targets -->\n{target_table(rows)}\n<!-- /targets -->\nafter\n"
     )

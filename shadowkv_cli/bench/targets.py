@@ -204,7 +204,7 @@ def _middle(values: list[float]) -> float | None:
 
 
 def compare(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Each target beside what the runs measured; the first run's command and device stand for all.
+    """Each target beside what the runs measured; commit and device are the first run's.
 
     Raises UsageError where there is no run, runs are of other devices, or the speeds of the ops are
     cut off.
@@ -217,6 +217,7 @@ def compare(folders: Sequence[Path]) -> list[dict[str, Any]]:
     rows = [row for run in runs for row in run.throughput if row["error"] is None]
     run = Run(rows, _speeds_of_ops(folders[0]))
     git = first.manifest["environment"].get("git") or {}
+    commands = dict.fromkeys(" ".join(told) for run in runs for told in _commands(run))
     compared = []
     for target in TARGETS:
         measured, wanted = target.measure(run), target.wanted(run)
@@ -228,12 +229,18 @@ def compare(folders: Sequence[Path]) -> list[dict[str, Any]]:
                 "measured": _rounded(measured),
                 "unit": target.unit,
                 "met": target.met(measured, wanted),
-                "command": " && ".join(" ".join(run.manifest["command"]) for run in runs),
+                "command": " && ".join(commands),
                 "commit": git.get("commit"),
                 "device": _device(first),
             }
         )
     return compared
+
+
+def _commands(run: StoredRun) -> list[list[str]]:
+    """All command lines that a run was measured with, the last one last."""
+    earlier = [session["command"] for session in run.manifest.get("earlier_sessions", [])]
+    return [*earlier, run.manifest["command"]]
 
 
 def _device(run: StoredRun) -> str | None:
