@@ -13,13 +13,13 @@ from shadowkv_cli import ops
 from shadowkv_cli.bench import op_speed
 from shadowkv_cli.ops import cases, exercise
 from shadowkv_cli.ops.cases import Sizes
+from shadowkv_cli.ops.fp8 import FP8
 
 ROOT = Path(__file__).parents[1]
 SMALL = replace(op_speed.sizes_of(2, 512, 8, 64, 16), device="cpu", dtype=torch.float32)
 MEASURED = [
     *ops.__all__,
-    op_speed.FROM_HOST,
-    op_speed.SDPA_FLASH,
+    *op_speed.VARIANTS,
     *(f"{op} (prompt)" for op in op_speed.COLUMN_OPS),
 ]
 
@@ -28,7 +28,8 @@ class Values:
     """Of the class that pins, without a GPU to pin for."""
 
     def chunks(self, s: Sizes) -> torch.Tensor:
-        return torch.zeros(s.prompts, s.heads, s.chunks, s.chunk_size, s.dim)
+        size = (s.prompts, s.heads, s.chunks, s.chunk_size, s.dim)
+        return torch.zeros(size).to(FP8 if s.fp8 else s.dtype)
 
 
 @pytest.mark.parametrize("op", MEASURED)

@@ -81,10 +81,8 @@ def decode(
     tokens = int(session.lengths[0])
     assert bool((session.lengths == tokens).all()), "prompts of unequal length need a mask"
     assert steps <= session.new_tokens, f"room for {session.new_tokens} tokens, not {steps}"
-    held: list[Any] = [
-        _HeldLayer(keys, values, tokens)
-        for keys, values in zip(store.keys, store.values, strict=True)
-    ]
+    layers = range(session.loaded.shape.num_layers)
+    held: list[Any] = [_HeldLayer(store.keys[i], store.values[i], tokens) for i in layers]
     cache, last, taken = Cache(layers=held), first, []
     finite = torch.ones(len(first), dtype=torch.bool, device=first.device)
     with _plain(model):
