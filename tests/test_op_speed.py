@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from shadowkv_cli import ops
 from shadowkv_cli.bench import op_speed
+from shadowkv_cli.bench.timeline import phase_of
 from shadowkv_cli.ops import cases, exercise
 from shadowkv_cli.ops.cases import Sizes
 from shadowkv_cli.ops.fp8 import FP8
@@ -101,3 +103,18 @@ def test_without_a_sanitizer_nothing_is_claimed() -> None:
     assert done.returncode == 1
     assert "There is no no-such-sanitizer here" in done.stderr
     assert not done.stdout
+
+
+def kernels_of(source: str) -> list[str]:
+    """Names of the kernels in a CUDA source."""
+    found = re.findall(r"__global__(.*?)\{", source, re.DOTALL)
+    heads = (re.sub(r"__launch_bounds__\((?:[^()]|\([^()]*\))*\)", "", head) for head in found)
+    return [re.search(r"void\s+(\w+)\s*\(", head)[1] for head in heads]
+
+
+def test_the_timeline_knows_every_kernel_of_a_step() -> None:
+    sources = sorted((ROOT / "kernels" / "csrc").glob("*.cuh"))
+    names = {name for path in sources for name in kernels_of(path.read_text(encoding="utf-8"))}
+    assert len(names) > 10
+    unknown = {name for name in names if phase_of(f"void shadowkv::{name}<128>(Params)") == "other"}
+    assert unknown == {"average_chunks"}, "which works in a prefill"
