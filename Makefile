@@ -24,19 +24,21 @@ EXACT := --method shadowkv:value_buffer=4,key_buffer=4
 BYTES := shadowkv:value_buffer=4,key_buffer=2,value_dtype=fp8
 FP8 := --method $(BYTES) --method $(BYTES),landmark_dtype=fp8 \
 	--method $(BYTES),landmark_dtype=fp8,landmarks_per_chunk=2,sparse_budget=1024
-# A batch whose values pin in a minute; every cell of a setting has buffers of its own on the GPU.
+# A batch whose values pin in a minute, and for which every cell has buffers of its own on the GPU.
 LEVER_BATCH ?= 8
-MORE_LEVERS ?=
+LEVERS := $(DECODE) $(LLAMA) --batch-size $(LEVER_BATCH) --one-at-a-time --method shadowkv \
+	--hit-rate 0.59,0.88 --output $(GPU_RUN)-levers
 
 # The folders kernels/ and datasets/ must never shadow the packages of these names.
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-smollm2 train-demo test test-smollm2 test-gpu sanitize-gpu lint format typecheck bench-data \
-	bench-ops bench-gpu bench-fp8 bench-lengths bench-levers kernels wheel clean
+	bench-ops bench-gpu bench-fp8 bench-lengths bench-levers \
+	bench-levers-bytes kernels wheel clean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## Install the program and its tools into .venv
 
@@ -143,9 +145,12 @@ bench-lengths: kernels ## The same at 61,440 and 245,760 tokens, after bench-gpu
 	@$(SHADOWKV) plot $(GPU_RUN)-lengths
 
 bench-levers: kernels ## What buffers, lanes and the graph give, one at a time: some 6 minutes
-	$(DECODE) $(LLAMA) --batch-size $(LEVER_BATCH) --one-at-a-time --method shadowkv \
-		--value-buffer 4,1.5,2 --key-buffer 4,2 --lanes 2,1,4 --graph on,off $(MORE_LEVERS) \
-		--hit-rate 0.59,0.88 --output $(GPU_RUN)-levers
+	$(LEVERS) --value-buffer 4,1.5,2 --key-buffer 4,2 --lanes 2,1,4 --graph on,off
+	$(BIN)/python -m shadowkv_cli.bench.levers $(GPU_RUN)-levers
+
+bench-levers-bytes: kernels ## And what 8 bits and resident layers give, after bench-levers: some 6 minutes
+	$(LEVERS) --value-buffer 4 --key-buffer 4 --lanes 2 --value-dtype model,fp8 --landmark-dtype model,fp8
+	$(LEVERS) --value-buffer 4 --key-buffer 4 --lanes 2 --resident-layers 0,8
 	$(BIN)/python -m shadowkv_cli.bench.levers $(GPU_RUN)-levers
 
 kernels: setup ## Compile the CUDA kernels; no GPU is needed, and nvcc only if there is one

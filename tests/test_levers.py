@@ -69,10 +69,12 @@ def test_the_command_reads_a_run_and_writes_into_a_page(
 
     command = ["bench", "--model", str(tiny_model_folder), "--state", "synthetic", "--rank", "8"]
     command += ["--context-length", "512", "--decode-steps", "3", "--rounds", "2", "--share"]
-    command += ["--sparse-budget", "32", "--method", "shadowkv", "--value-buffer", "2,1"]
-    command += ["--value-placement", "host", "--lanes", "2,1", "--one-at-a-time"]
-    command += ["--batch-size", "2", "--output", str(tmp_path / "b")]
-    assert run(command) == 0
+    command += ["--sparse-budget", "32", "--method", "shadowkv", "--one-at-a-time"]
+    command += ["--value-placement", "host", "--batch-size", "2", "--output", str(tmp_path / "b")]
+    assert run([*command, "--value-buffer", "2,1", "--lanes", "2,1"]) == 0
+    more = ["--value-buffer", "2", "--lanes", "2", "--value-dtype", "model,fp8"]
+    assert run([*command, *more]) == 0
+    assert "2 of 4 measurements are done" in capsys.readouterr().err
     capsys.readouterr()
     page = tmp_path / "page.md"
     page.write_text("<!-- levers -->\n<!-- /levers -->\n")
@@ -83,6 +85,7 @@ def test_the_command_reads_a_run_and_writes_into_a_page(
         "base: value_buffer 2.0, key_buffer 1.0, 2 lanes, no CUDA graph, batch 2, 512 tokens",
         "1 lane",
         "value_buffer 1.0",
+        "value_dtype fp8",
     ]
     assert table in page.read_text()
     monkeypatch.setattr(sys, "argv", ["levers", str(tmp_path / "nothing")])
