@@ -16,16 +16,29 @@ SMOLLM2_SAMPLES ?= 15
 SMOLLM2_STEPS ?= 3
 # The demo needs no hub, so it asks none.
 SHADOWKV := HF_HUB_OFFLINE=1 $(BIN)/shadowkv
+# Decoding on a GPU: random keys and values, hits driven, one filled state for all cells of a batch.
+DECODE := $(SHADOWKV) bench --state synthetic --share --sparse-budget 2048 --rank 160 \
+	--outlier-chunks 48 --value-placement host --warmup-steps 40 --decode-steps 24 --rounds 4
+LLAMA := --model shape:llama-3.1-8b --context-length 122880
+EXACT := --method shadowkv:value_buffer=4,key_buffer=4
+BYTES := shadowkv:value_buffer=4,key_buffer=2,value_dtype=fp8
+FP8 := --method $(BYTES) --method $(BYTES),landmark_dtype=fp8 \
+	--method $(BYTES),landmark_dtype=fp8,landmarks_per_chunk=2,sparse_budget=1024
+# A batch whose values pin in a minute, and for which every cell has buffers of its own on the GPU.
+LEVER_BATCH ?= 8
+LEVERS := $(DECODE) $(LLAMA) --batch-size $(LEVER_BATCH) --one-at-a-time --method shadowkv \
+	--hit-rate 0.59,0.88 --output $(GPU_RUN)-levers
 
 # The folders kernels/ and datasets/ must never shadow the packages of these names.
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-smollm2 train-demo test test-smollm2 test-gpu sanitize-gpu lint format typecheck bench-data \
-	bench-ops bench-gpu kernels wheel clean
+	bench-ops bench-gpu bench-fp8 bench-lengths bench-levers \
+	bench-levers-bytes kernels wheel clean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## Install the program and its tools into .venv
 
@@ -93,10 +106,7 @@ test-gpu: setup ## Run the tests that need a GPU
 	$(BIN)/pytest -m gpu $(PYTEST_ARGS)
 
 sanitize-gpu: setup ## Let compute-sanitizer watch every op on small cases, on a GPU
-	for tool in memcheck racecheck; do \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(COMPUTE_SANITIZER) --tool $$tool --error-exitcode 1 \
-			--kernel-regex kns=shadowkv $(BIN)/python -m shadowkv_cli.ops.exercise || exit 1; \
-	done
+	COMPUTE_SANITIZER=$(COMPUTE_SANITIZER) kernels/sanitize.sh $(abspath $(BIN)/python)
 
 lint: setup ## Check style, format and types; changes nothing
 	$(BIN)/ruff check .
@@ -113,17 +123,35 @@ typecheck: setup ## Check types only
 bench-data: setup ## Measure how fast prompts are built
 	$(BIN)/python -m shadowkv_cli.bench.data_speed
 
-bench-ops: setup ## Measure every compiled op on a GPU, the torch reference beside it
-	$(BIN)/python -m shadowkv_cli.bench.op_speed
+bench-ops: setup ## Measure every compiled op on a GPU, SDPA and the torch references beside them
+	$(BIN)/python -m shadowkv_cli.bench.op_speed --reference
 
-bench-gpu: kernels ## Decode throughput on a GPU at 122,880 tokens, beside the targets: some 10 minutes
-	$(SHADOWKV) bench --model shape:llama-3.1-8b --state synthetic --context-length 122880 \
-		--batch-size auto,1 --share --method full --method shadowkv:value_buffer=4,key_buffer=4 \
-		--sparse-budget 2048 --rank 160 --outlier-chunks 48 --value-placement host \
-		--hit-rate 0.59,0.88 --warmup-steps 40 --decode-steps 24 --output $(GPU_RUN)
+bench-gpu: kernels ## Decode throughput on a GPU at 122,880 tokens, beside the targets: some 8 minutes
+	$(DECODE) $(LLAMA) --batch-size auto,1 --eager-baseline --method full $(EXACT) \
+		--hit-rate 0.59,0.88 --output $(GPU_RUN)
 	$(BIN)/python -m shadowkv_cli.bench.op_speed --batch-size 1,8,24 --json > $(GPU_RUN)/ops.json
 	$(BIN)/python -m shadowkv_cli.bench.targets $(GPU_RUN)
 	@$(SHADOWKV) plot $(GPU_RUN)
+
+bench-fp8: kernels ## The same with values and landmarks in 8 bits, after bench-gpu: some 6 minutes
+	$(DECODE) $(LLAMA) --batch-size auto $(FP8) --hit-rate 0.88 --output $(GPU_RUN)
+	$(BIN)/python -m shadowkv_cli.bench.targets $(GPU_RUN)
+	@$(SHADOWKV) plot $(GPU_RUN)
+
+bench-lengths: kernels ## The same at 61,440 and 245,760 tokens, after bench-gpu: some 6 minutes
+	$(DECODE) --model shape:llama-3-8b-1m --context-length 61440,245760 --batch-size auto \
+		--method full $(EXACT) --hit-rate 0.88 --output $(GPU_RUN)-lengths
+	$(BIN)/python -m shadowkv_cli.bench.targets $(GPU_RUN) $(GPU_RUN)-lengths
+	@$(SHADOWKV) plot $(GPU_RUN)-lengths
+
+bench-levers: kernels ## What buffers, lanes and the graph give, one at a time: some 6 minutes
+	$(LEVERS) --value-buffer 4,1.5,2 --key-buffer 4,2 --lanes 2,1,4 --graph on,off
+	$(BIN)/python -m shadowkv_cli.bench.levers $(GPU_RUN)-levers
+
+bench-levers-bytes: kernels ## And what 8 bits and resident layers give, after bench-levers: some 6 minutes
+	$(LEVERS) --value-buffer 4 --key-buffer 4 --lanes 2 --value-dtype model,fp8 --landmark-dtype model,fp8
+	$(LEVERS) --value-buffer 4 --key-buffer 4 --lanes 2 --resident-layers 0,8
+	$(BIN)/python -m shadowkv_cli.bench.levers $(GPU_RUN)-levers
 
 kernels: setup ## Compile the CUDA kernels; no GPU is needed, and nvcc only if there is one
 	@{ command -v nvcc && command -v cmake; } >/dev/null || \

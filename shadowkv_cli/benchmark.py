@@ -103,9 +103,6 @@ def bench_identity(
         "state": settings.state,
         "decode_steps": settings.decode_steps,
         "warmup_steps": settings.warmup_steps,
-        # Only where they are given, so that runs of before go on.
-        **({"lanes": settings.lanes} if settings.lanes is not None else {}),
-        **({} if settings.graph else {"graph": False}),
     }
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from shadowkv_cli.answering import tokenizer_of
-from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec, SparseSpec
+from shadowkv_cli.config import FullSpec, MethodSpec, ModelShape, ShadowKVSpec, SparseSpec
 from shadowkv_cli.console import format_bytes, format_duration, print_json
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.evaluate import check_tokenizer, choose_samples, find_missing
@@ -150,10 +150,12 @@ def _describe_throughput(
     settings: BenchSettings, specs: Sequence[MethodSpec], facts: ModelFacts, probe: Probe
 ) -> tuple[dict[str, Any], str]:
     """Facts and a line of the throughput phase; `equal` and `auto` count as batches of 1."""
+    from shadowkv_cli.bench.cases import cases_at
     from shadowkv_cli.bench.estimate import decode_seconds, prefill_seconds
 
     seconds, count, num_prefills, num_tokens = 0.0, 0, 0, 0
-    for tokens in map(settings.prompt_tokens, settings.context_lengths):
+    for length in settings.context_lengths:
+        tokens = settings.prompt_tokens(length)
         for rule in settings.batch_rules:
             batch = int(rule) if rule.isdigit() else 1
             prefills = batch * (1 if settings.share else len(specs))
@@ -161,8 +163,9 @@ def _describe_throughput(
                 num_prefills += prefills
                 num_tokens += prefills * tokens
                 seconds += prefills * prefill_seconds(facts, probe, tokens)
-            for spec in specs:
-                read = batch * step_bytes(spec, facts.shape, tokens)
+            sizes = dict.fromkeys([*specs, FullSpec()], batch)
+            for case in cases_at(length, rule, specs, settings, sizes):
+                read = batch * step_bytes(case.spec, facts.shape, tokens)
                 one_round = decode_seconds(facts, probe, read, settings.new_tokens)
                 seconds += settings.rounds * one_round
                 count += settings.rounds
@@ -218,7 +221,7 @@ def describe_batches(config: BenchConfig) -> Plan:
     Raises UsageError where a batch does not fit.
     """
     from shadowkv_cli.bench import plan as planner
-    from shadowkv_cli.bench.cases import Room, lanes_of, make_cases
+    from shadowkv_cli.bench.cases import Room, make_cases
     from shadowkv_cli.model.loading import resolve_device
 
     settings, device = config.settings, resolve_device(config.model.device)
@@ -230,7 +233,7 @@ def describe_batches(config: BenchConfig) -> Plan:
             case.spec, facts.shape, case.prompt_tokens, settings.new_tokens, case.batch_size
         )
         phases: dict[str, float] = {}
-        if device.type == "cuda":
+        if device.type == "cuda" and case.graph and not case.eager:
             phases = planner.phase_ms(
                 case.spec,
                 facts.shape,
@@ -239,7 +242,7 @@ def describe_batches(config: BenchConfig) -> Plan:
                 case.prompt_tokens,
                 case.batch_size,
                 hit_rate=case.hit_rate if case.hit_rate is not None else ASSUMED_HITS,
-                lanes=lanes_of(case, settings),
+                lanes=case.lanes,
             )
         rows.append(
             {

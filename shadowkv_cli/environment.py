@@ -142,6 +142,25 @@ def driver_version() -> str | None:
     return output.splitlines()[0].strip() if output else None
 
 
+def clocks_mhz(device: Any) -> dict[str, int] | None:
+    """Clocks of a GPU's processors and memory as they are now; None where nothing tells them.
+
+    Args:
+        device: a `torch.device`.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or device.type != "cuda":
+        return None
+    output = _output(
+        "nvidia-smi",
+        f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}",
+        "--query-gpu=clocks.sm,clocks.mem",
+        "--format=csv,noheader,nounits",
+    )
+    numbers = re.fullmatch(r"(\d+), (\d+)", output or "")
+    return {"sm": int(numbers[1]), "memory": int(numbers[2])} if numbers else None
+
+
 def _kernels(device: str | None) -> dict[str, Any] | None:
     """Whether a GPU has the compiled kernels or runs torch ops; None where it is not used."""
     compiled = sys.modules.get("shadowkv_cli.ops.compiled")

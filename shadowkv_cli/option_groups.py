@@ -295,6 +295,14 @@ class AnswerOptions(DataOptions):
     ] = 1
 
 
+OneAtATimeOption = Annotated[
+    bool,
+    typer.Option(
+        "--one-at-a-time",
+        help="Vary one setting at a time, the others at the first value of their lists, "
+        "instead of every combination.",
+    ),
+]
 BatchSizeOption = Annotated[
     list[str] | None,
     typer.Option(

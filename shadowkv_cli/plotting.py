@@ -22,6 +22,7 @@ PLOTS: dict[str, tuple[str, str]] = {
     "task-deltas": ("deltas_plot", "difference to full attention, task by task"),
     "niah-depth": ("depth_plot", "single needles by depth and context length"),
     "batch": ("batch_plot", "throughput against batch size"),
+    "timeline": ("timeline_plot", "a decode step by phase, on a GPU"),
 }
 """Name of each plot, its module in `shadowkv_cli.plots`, and what it shows."""
 

@@ -15,6 +15,8 @@ from shadowkv_cli.errors import UsageError
 AttentionBackend = Literal["auto", "flash", "cudnn", "efficient", "math", "flash-attn"]
 DEFAULT_BENCH_CONTEXT = 32_768
 State = Literal["synthetic", "tokens", "prompts"]
+EAGER = "eager-sdpa"
+"""Method and cell of the second baseline: full attention in transformers' own forward."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,23 @@ class EvalConfig:
             )
 
 
+def parse_lanes(values: Sequence[str] | None) -> tuple[int, ...]:
+    """Read numbers of lanes. Raises UsageError for anything else."""
+    for text in split_list(values or []):
+        if not text.isdecimal():
+            raise UsageError(f"--lanes '{text}' is no number of lanes: write one like 2.")
+    return tuple(map(int, split_list(values or [])))
+
+
+def parse_graphs(values: Sequence[str] | None) -> tuple[bool, ...]:
+    """Read `on` and `off`. Raises UsageError for anything else."""
+    words = {"on": True, "off": False}
+    for text in split_list(values or []):
+        if text not in words:
+            raise UsageError(f"--graph must be on or off, not '{text}'.")
+    return tuple(words[text] for text in split_list(values or []))
+
+
 def parse_hit_rates(values: Sequence[str] | None) -> tuple[float | None, ...]:
     """Read `measured` (None) and shares like 0.88. Raises UsageError for anything else."""
     rates: list[float | None] = []
@@ -95,8 +114,11 @@ class BenchSettings:
         state: random keys and values; or a real prefill of random tokens, or of prompts.
         share: cells of one length and batch read one copy of the prompts' data.
         hit_rates: that cells which fetch are driven to, by queries that drift; None: as it comes.
-        lanes: parts of a batch whose fetches overlap; None: two from four rows on.
-        graph: on a GPU, a step is one CUDA graph.
+        lanes: parts of a batch whose fetches overlap, each tried; none: two from four rows on.
+        graphs: whether a step is one CUDA graph, each tried; none: on a GPU it is.
+        eager_baseline: time full attention in transformers' own forward, too.
+        one_at_a_time: other lanes and graphs than the first only of a method's first cell, and one
+            of the two at a time.
     """
 
     context_lengths: tuple[int, ...]
@@ -108,15 +130,20 @@ class BenchSettings:
     share: bool = False
     backend: AttentionBackend = "auto"
     hit_rates: tuple[float | None, ...] = (None,)
-    lanes: int | None = None
-    graph: bool = True
+    lanes: tuple[int, ...] = ()
+    graphs: tuple[bool, ...] = ()
+    eager_baseline: bool = False
+    one_at_a_time: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("decode_steps", 1), ("rounds", 1), ("warmup_steps", 0), ("lanes", 1)):
+        for name, least in (("decode_steps", 1), ("rounds", 1), ("warmup_steps", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value < least:
                 option = "--" + name.replace("_", "-")
                 raise UsageError(f"{option} must be at least {least}, not {value}.")
+        for count in self.lanes:
+            if count < 1:
+                raise UsageError(f"--lanes must be at least 1, not {count}.")
         for rate in self.hit_rates:
             if rate is not None and not 0 < rate < 1:
                 raise UsageError(f"--hit-rate must lie between 0 and 1, not be {rate}.")
@@ -168,8 +195,13 @@ class BenchConfig:
         if any(rate is not None for rate in self.settings.hit_rates) and not shadow:
             raise UsageError("--hit-rate drives what shadowkv selects: add it to --method.")
         on_host = [spec for spec in shadow if spec.value_placement == "host"]
-        if self.settings.lanes is not None and not on_host:
+        if self.settings.lanes and not on_host:
             raise UsageError("--lanes overlap fetches from the host: add --value-placement host.")
+        if self.settings.eager_baseline and self.settings.state == "prompts":
+            raise UsageError(
+                "--eager-baseline needs prompts of one length, which those of data are not: use "
+                "--state tokens or synthetic."
+            )
 
 
 @dataclass(frozen=True)

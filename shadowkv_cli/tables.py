@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from shadowkv_cli.console import format_bytes, print_table
 from shadowkv_cli.frontier import FrontierPoint, panels, pareto_front, unresolved_pairs
+from shadowkv_cli.run_config import EAGER
 from shadowkv_cli.stats import Interval
 from shadowkv_cli.summary import AVERAGE, FULL, ScoreRecord, ThroughputRecord
 
@@ -219,6 +220,11 @@ def throughput_table(records: Sequence[ThroughputRecord], notes: Sequence[str] =
         own.append(
             f"Intervals are the whole range of the rounds and cover {min(covered):.0%}: "
             "6 rounds or more give 95 %."
+        )
+    if any(r.method == EAGER for r in records):
+        own.append(
+            f"{EAGER}: full attention in transformers' own forward, SDPA, op by op; its keys and "
+            "values are preallocated."
         )
     if any(r.state == "synthetic" for r in records):
         own.append("Synthetic state: random keys and values, so hit rates are not those of text.")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 
+from shadowkv_cli.bench import eager
 from shadowkv_cli.bench.driven_hits import drive
 from shadowkv_cli.bench.state import fill_synthetic
 from shadowkv_cli.cells import build_specs
+from shadowkv_cli.cli import run
+from shadowkv_cli.methods.pinned import idle_bytes
 from shadowkv_cli.model.fused import join_projections
 from shadowkv_cli.model.loading import LoadedModel, describe
 from shadowkv_cli.model.session import Session
+from shadowkv_cli.results import read_run
 from shadowkv_cli.testing import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -179,3 +185,75 @@ def test_queries_that_drift_reach_a_hit_rate() -> None:
         drive(session, first, wanted, warmup=32, steps=32)
         (_, group), *_ = session.batch.parts
         assert group.hit_rate(33, 64) == pytest.approx(wanted, abs=0.02)
+
+
+def test_the_baseline_decodes_what_the_engine_decodes_on_its_keys_and_values() -> None:
+    loaded = on_gpu("llama", torch.float32)
+    (spec,) = build_specs(["full"], {})
+    session = Session(
+        loaded, [spec], prompt_tokens=700, new_tokens=20, num_prompts=3, merge_cells=False
+    )
+    first = fill_synthetic(session, 700)
+    theirs, finite = eager.decode(session, first, 20, before_step=lambda _: None)
+    session.focus(spec)
+    tokens, ours = first, []
+    with session.attached():
+        for _ in range(20):
+            tokens = session.next_tokens(tokens).tokens.clone()
+            ours.append(tokens)
+    assert session.is_captured
+    assert bool(finite.all())
+    assert torch.equal(theirs, torch.stack(ours, 1))
+
+
+def test_graphs_lanes_and_the_baseline_are_rows_of_one_run(tmp_path: Path) -> None:
+    wide = tmp_path / "model"
+    tiny_model("llama", dtype=torch.bfloat16, head_dim=64).model.save_pretrained(wide)
+    command = ["bench", "--model", str(wide), "--device", "cuda", "--state", "synthetic"]
+    command += ["--context-length", "2k", "--batch-size", "4", "--share", "--rounds", "2"]
+    command += ["--rank", "16", "--sparse-budget", "64", "--value-placement", "host"]
+    command += ["--lanes", "2,1", "--graph", "on,off", "--one-at-a-time", "--eager-baseline"]
+    command += ["--decode-steps", "8", "--output", str(tmp_path / "b")]
+    assert run(command) == 0
+    rows = [row for row in read_run(tmp_path / "b").throughput if row["round"] == 0]
+    assert [(row["method"], row["lanes"], row["captured"]) for row in rows] == [
+        ("full", 1, True),
+        ("full", 1, False),
+        ("shadowkv", 2, True),
+        ("shadowkv", 2, False),
+        ("shadowkv", 1, True),
+        ("eager-sdpa", 1, False),
+    ]
+    for row in rows:
+        assert (row["phase_ms"] is not None) == row["captured"], row["cell"]
+        assert all(clock["sm"] > 0 for clock in row["clocks_mhz"]), row["cell"]
+    captured = next(row for row in rows if row["method"] == "shadowkv" and row["captured"])
+    assert {"select", "fetch", "rebuild", "attention"} <= captured["phase_ms"].keys()
+    assert captured["phase_bytes"]["fetch"] > 0
+
+
+def test_a_batch_on_memory_that_another_one_left_decodes_the_same() -> None:
+    loaded = on_gpu("llama")
+    (spec,) = build_specs(["shadowkv"], SMALL | {"value_placement": "host"})
+
+    def decoded(prompts: int) -> list[list[int]]:
+        session = Session(
+            loaded, [spec], prompt_tokens=512, new_tokens=10, num_prompts=prompts,
+            merge_cells=False,
+        )  # fmt: skip
+        tokens, taken = fill_synthetic(session, 512), []
+        session.focus(spec)
+        with session.attached():
+            for _ in range(10):
+                tokens = session.next_tokens(tokens).tokens.clone()
+                taken.append(tokens.tolist())
+        return taken
+
+    expected = decoded(2)
+    decoded(5)
+    gc.collect()
+    left = idle_bytes()
+    assert left > 0
+    assert decoded(2) == expected
+    gc.collect()
+    assert idle_bytes() == left, "nothing was pinned anew"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shadowkv_cli.bench.plan import memory_items, phase_ms
+from shadowkv_cli.bench.plan import memory_items, phase_bytes, phase_ms
 from shadowkv_cli.bench.probes import Probe
 from shadowkv_cli.cells import build_specs
 from shadowkv_cli.cli import run
@@ -97,6 +97,25 @@ def test_steps_are_foretold_as_the_reference_run_measured_them() -> None:
         assert found["step"] == pytest.approx(measured, rel=0.08), cell
 
 
+def test_bytes_of_phases_are_those_of_the_items_that_a_step_reads() -> None:
+    settings = {"sparse_budget": "2048", "outlier_chunks": "48", "value_placement": "host"}
+    full, ours = build_specs(["full", "shadowkv"], settings)
+    batch, tokens = 14, 122_880
+    found = phase_bytes(ours, LLAMA, WEIGHTS, tokens, batch, hit_rate=0.75)
+    items = {item.name: item for item in memory_items(ours, LLAMA, tokens, 0, batch)}
+    assert found["dense"] == WEIGHTS
+    assert found["select"] == items["landmarks"].device
+    assert found["fetch"] == items["value buffer"].device / 4
+    kept = ours.keeps(tokens)
+    assert found["attention"] == batch * LLAMA.kv_bytes(kept.tokens)
+    a_token = 32 * 14 * 8 * 2 * (160 + 2 * 128)  # coefficients read, keys written and read again
+    assert found["rebuild"] == 2048 / 4 * a_token
+    assert phase_bytes(full, LLAMA, WEIGHTS, tokens, 4, hit_rate=0.0) == {
+        "dense": WEIGHTS,
+        "attention": 4 * LLAMA.kv_bytes(tokens),
+    }
+
+
 def test_less_to_fetch_and_more_lanes_are_never_slower() -> None:
     (spec,) = build_specs(["shadowkv"], {"value_placement": "host", "sparse_budget": "2048"})
     probe = Probe("x", 3000.0, {}, 54.0, 54.0, 50.0, "", "2026-11-24")
@@ -156,15 +175,13 @@ def test_a_shape_has_no_tokenizer(tmp_path: Path, ruler_folder: Path, capsys) ->
     assert "only bench takes it" in capsys.readouterr().err
 
 
-def test_runs_of_other_lanes_are_not_joined(
-    tmp_path: Path, tiny_model_folder: Path, capsys
-) -> None:
+def test_other_lanes_are_cells_of_their_own(tmp_path: Path, tiny_model_folder: Path) -> None:
     command = ["bench", "--model", str(tiny_model_folder), "--state", "synthetic", "--rank", "8"]
     command += ["--context-length", "512", "--decode-steps", "2", "--rounds", "1"]
     command += ["--sparse-budget", "32", "--value-placement", "host", "--batch-size", "4"]
     command += ["--method", "shadowkv", "--output", str(tmp_path / "b")]
     assert run(command) == 0
-    before = (tmp_path / "b" / "throughput.jsonl").read_bytes()
-    assert run([*command, "--lanes", "1"]) == 2
-    assert "--fresh" in capsys.readouterr().err
-    assert (tmp_path / "b" / "throughput.jsonl").read_bytes() == before
+    assert run([*command, "--lanes", "1"]) == 0
+    lines = (tmp_path / "b" / "throughput.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [(row["lanes"], row["cell"].endswith("(1 lane)")) for row in map(json.loads, lines)]
+    assert found == [(2, False), (1, True)]

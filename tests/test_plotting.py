@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from shadowkv_cli.commands.plot import plot
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.plots import frontier_plot, parameters_plot, style
-from shadowkv_cli.plots.data import load, pretty_cell, representative_cells
+from shadowkv_cli.plots.data import different_settings, load, pretty_cell, representative_cells
 from shadowkv_cli.plotting import PLOTS, available, default_output, draw_plots
 from shadowkv_cli.results import RunFolder, read_run
 from shadowkv_cli.summary import AVERAGE, score_records, throughput_records
@@ -84,6 +84,8 @@ def rounds(cells, sizes=(1,), noise=0.01):
                 "round": number,
                 "tokens_per_s": rate * random.Random(f"{number}{cell}").uniform(1, 1 + noise),
                 "step_ms": [1.0, 2.0],
+                "step_ms_p50": 1.5,
+                "phase_ms": {"attention": 1.2, "matrix products": 0.3} if number == 0 else None,
                 "prefill_s": None,
                 "hit_rate": None,
                 "device": "cpu",
@@ -222,6 +224,75 @@ def svg_text(run, tmp_path, name="frontier"):
     return (tmp_path / "out" / f"{name}.svg").read_text()
 
 
+PHASES = {"select": 8.5, "matrix products": 5.8, "layer ops": 0.4, "other": 0.3, "fetch": 5.8}
+PHASES |= {"rebuild": 3.1, "attention": 3.1, "misses": 1.2, "residency": 0.4}
+PROBE = {"memory_read_gb_s": 3000.0, "h2d_gb_s": 55.0, "zero_copy_gather_gb_s": 50.0}
+
+
+def timed_step(cell, number=0, **more):
+    settings = dict(
+        part.split("=") for part in cell.partition(":")[2].partition(" (")[0].split(",")
+    )
+    row = {"cell": cell, "method": "shadowkv", "settings": settings, "context_length": 122_880}
+    row |= {"batch_size": 14, "batch_rule": "auto", "state": "synthetic", "device": "cuda:0"}
+    row |= {"round": number, "tokens_per_s": 670.0, "step_ms": [20.7], "step_ms_p50": 20.7}
+    row |= {"hit_rate": 0.88, "lanes": 2, "error": None, "phase_ms": PHASES}
+    return row | {"phase_bytes": {"select": 12.75e9, "fetch": 0.29e9}} | more
+
+
+def gpu_run(path, rows, probe=PROBE):
+    options = {"scope": {}, "environment": {"probe": probe}, "command": []}
+    with RunFolder.open(path, kind="bench", identity={"model": "m"}, **options) as run:
+        run.append("throughput", rows)
+    return read_run(path)
+
+
+def test_a_timeline_says_bandwidths_where_bytes_and_probe_are_known(tmp_path):
+    cells = ["shadowkv:rank=160,lanes=2 (hits driven to 59%)", "shadowkv:rank=160,lanes=4"]
+    rows = [timed_step(cells[0]), timed_step(cells[0], 1, phase_ms={"select": 99.0})]
+    rows += [timed_step(cells[1], phase_bytes=None)]
+    run = gpu_run(tmp_path / "r", rows)
+    draw_plots([run], tmp_path / "out", ["timeline"], dpi=50)
+    points = read_csv(tmp_path / "out" / "timeline.csv")
+    first = {r["phase"]: r for r in points if r["cell"] == cells[0]}
+    assert list(first) == [
+        "dense", "select", "residency", "attention", "other", "fetch", "rebuild",
+    ]  # fmt: skip
+    assert [float(first[p]["ms"]) for p in ("dense", "select", "residency")] == [6.2, 8.5, 1.6]
+    assert float(first["select"]["gb_s"]) == pytest.approx(1500)
+    assert float(first["select"]["share_of_probe"]) == pytest.approx(0.5)
+    assert float(first["fetch"]["share_of_probe"]) == pytest.approx(1.0)
+    assert {r["gb_s"] for r in points if r["cell"] == cells[1]} == {""}
+    assert {p for p, r in first.items() if r["beside"] == "True"} == {"fetch", "rebuild"}
+    text = (tmp_path / "out" / "timeline.svg").read_text()
+    for word in ("20.7 ms", "select 8.5 ms, 1,500 GB/s, 50 %", "5.8 ms, 100 %", "lanes\u00a04"):
+        assert word in text, word
+    assert "rank\u00a0160." in text, "what all cells have stands in the caption"
+
+
+def test_a_timeline_without_a_probe_shows_times_alone(tmp_path):
+    run = gpu_run(tmp_path / "r", [timed_step("shadowkv:rank=160")], None)
+    text = svg_text(run, tmp_path, "timeline")
+    assert "select 8.5" in text
+    assert "GB/s, " not in text
+    assert {r["share_of_probe"] for r in read_csv(tmp_path / "out" / "timeline.csv")} == {""}
+
+
+def test_many_steps_are_drawn_in_part(tmp_path):
+    rows = [timed_step(f"shadowkv:rank={rank},lanes=2") for rank in range(10, 30)]
+    svg_text(gpu_run(tmp_path / "r", rows), tmp_path, "timeline")
+    drawn = {r["cell"]: r["drawn"] for r in read_csv(tmp_path / "out" / "timeline.csv")}
+    assert list(drawn.values()) == ["True"] * 10 + ["False"] * 10
+
+
+def test_settings_that_all_cells_have_are_no_names():
+    cells = ["full", "shadowkv:rank=64,chunk_size=4", "shadowkv:rank=64 (2 lanes; no graph)"]
+    names, common = different_settings(cells)
+    assert names == ["full", "shadowkv, chunk\u00a04", "shadowkv (2 lanes; no graph)"]
+    assert common == "rank\u00a064"
+    assert different_settings(["full", "shadowkv"]) == (["full", "shadowkv"], "")
+
+
 def test_random_weights_get_no_frontier(tmp_path):
     data = predictions(CELLS, 60), rounds(CELLS)
     run = write_run(tmp_path / "r", "sweep", *data, random_weights=True)
@@ -247,6 +318,7 @@ def test_available_says_what_is_needed(sweep, tmp_path):
     assert "a sweep, or an eval and a bench" in reasons["frontier"]
     assert "needs 10 samples" in reasons["niah-depth"]
     assert "needs throughput" in reasons["batch"]
+    assert "needs a bench on a GPU" in reasons["timeline"]
     assert "two values of a setting" in reasons["parameters"]
     empty = available([write_run(tmp_path / "n", "eval")])
     assert all(empty.values()), empty

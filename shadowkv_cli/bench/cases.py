@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from shadowkv_cli.bench.memory import DECODE_RESERVE, RESERVE, free_device_bytes, free_host_bytes
+from shadowkv_cli.bench.memory import (
+    DECODE_RESERVE,
+    RESERVE,
+    available_host_bytes,
+    free_device_bytes,
+    free_host_bytes,
+)
 from shadowkv_cli.config import FullSpec, MethodSpec, ModelShape, ShadowKVSpec
 from shadowkv_cli.console import format_bytes
 from shadowkv_cli.errors import UsageError
-from shadowkv_cli.run_config import BenchSettings
+from shadowkv_cli.run_config import EAGER, BenchSettings
 
 Row = dict[str, Any]
 
@@ -21,11 +28,16 @@ MOST_ON_CPU = 64
 
 @dataclass(frozen=True)
 class Case:
-    """One cell at one length and batch, driven to a hit rate or not.
+    """One cell at one length and batch, and the way it is decoded.
 
     Attributes:
         spec: the method, its resident layers resolved to a number.
         asked: the same as it was asked for, where that differs.
+        hit_rate: that it is driven to; None: as it comes.
+        lanes: parts of the batch whose fetches overlap.
+        lanes_asked: whether that number was asked for; the label says it then.
+        graph: on a GPU, a step is one CUDA graph.
+        eager: in transformers' own forward, see `bench.eager`; for full attention alone.
     """
 
     spec: MethodSpec
@@ -33,18 +45,32 @@ class Case:
     prompt_tokens: int
     batch_size: int
     batch_rule: str
-    hit_rate: float | None = None
     asked: MethodSpec | None = None
+    hit_rate: float | None = None
+    lanes: int = 1
+    lanes_asked: bool = False
+    graph: bool = True
+    eager: bool = False
 
     @property
     def asked_spec(self) -> MethodSpec:
         return self.asked or self.spec
 
     @property
+    def method(self) -> str:
+        return EAGER if self.eager else self.spec.name
+
+    @property
     def cell(self) -> str:
-        """The cell's label; that it was driven is part of it, so that nobody mixes the two up."""
-        driven = "" if self.hit_rate is None else f" (hits driven to {100 * self.hit_rate:g}%)"
-        return self.asked_spec.cell + driven
+        """The label; what was asked of it is part of it, so that nobody mixes two cells up."""
+        if self.eager:
+            return EAGER
+        marks = [] if self.hit_rate is None else [f"hits driven to {100 * self.hit_rate:g}%"]
+        if self.lanes_asked:
+            marks.append(f"{self.lanes} lane{'s' if self.lanes > 1 else ''}")
+        if not self.graph:
+            marks.append("no graph")
+        return self.asked_spec.cell + (f" ({'; '.join(marks)})" if marks else "")
 
     @property
     def resident_layers(self) -> int | None:
@@ -59,13 +85,30 @@ LANES_FROM = 4
 """Rows from which a batch is worked on in two lanes, if the method fetches from the host."""
 
 
-def lanes_of(case: Case, settings: BenchSettings) -> int:
-    """Parts that a case's batch is worked on in."""
-    if not (isinstance(case.spec, ShadowKVSpec) and case.spec.value_placement == "host"):
-        return 1
-    if settings.lanes is not None:
-        return min(settings.lanes, case.batch_size)
-    return 2 if case.batch_size >= LANES_FROM else 1
+def _ways(case: Case, settings: BenchSettings, *, is_first: bool) -> list[Case]:
+    """A case in every way that it is decoded: hit rates, lanes, with and without a graph.
+
+    Args:
+        is_first: of its method; with `one_at_a_time` the others have their lanes and graph fixed.
+    """
+    spec, batch = case.spec, case.batch_size
+    lanes = [1]
+    fetches = isinstance(spec, ShadowKVSpec) and spec.value_placement == "host"
+    if fetches:
+        lanes = list(dict.fromkeys(min(count, batch) for count in settings.lanes))
+        lanes = lanes or [2 if batch >= LANES_FROM else 1]
+    graphs = settings.graphs or (True,)
+    pairs = list(itertools.product(lanes, graphs))
+    if settings.one_at_a_time:
+        pairs = [pair for pair in pairs if pair[0] == lanes[0] or pair[1] == graphs[0]]
+        pairs = pairs if is_first else pairs[:1]
+    rates = settings.hit_rates if isinstance(spec, ShadowKVSpec) else (None,)
+    asked = fetches and bool(settings.lanes)
+    return [
+        replace(case, hit_rate=rate, lanes=count, lanes_asked=asked, graph=graph)
+        for count, graph in pairs
+        for rate in rates
+    ]
 
 
 def free_bytes(device: torch.device, settings: BenchSettings) -> int:
@@ -128,6 +171,47 @@ class Room:
         layers = max(room, 0) // (batch * form.data_bytes(self.shape, tokens))
         return replace(spec, resident_layers=min(layers, self.shape.num_layers))
 
+    def batch_size(self, rule: str, spec: MethodSpec, tokens: int, settings: BenchSettings) -> int:
+        """Sequences by a rule: a number, `equal` (full attention's largest) or `auto`."""
+        if rule.isdigit():
+            return int(rule)
+        return self.largest_batch(FullSpec() if rule == "equal" else spec, tokens, settings)
+
+    def check(self, case: Case, settings: BenchSettings) -> None:
+        """Raise UsageError where a case's batch does not fit beside the model, or on the host."""
+        held = case.spec.cache_bytes(self.shape, case.prompt_tokens, settings.new_tokens)
+        batch = max(case.batch_size, 1)
+        places = [("", held.device, self.free_bytes(settings))]
+        if held.host:
+            places.append((" of host memory", held.host, available_host_bytes()))
+        for what, needed, free in places:
+            if case.batch_size < 1 or needed * batch > free:
+                raise UsageError(
+                    f"{case.spec.cell} at {case.context_length} tokens needs "
+                    f"{format_bytes(needed * batch)}{what} for batch {batch}, "
+                    f"{format_bytes(free)} are free: use a smaller --batch-size or "
+                    "--context-length."
+                )
+
+
+def cases_at(
+    length: int,
+    rule: str,
+    specs: Sequence[MethodSpec],
+    settings: BenchSettings,
+    batch_sizes: Mapping[MethodSpec, int],
+) -> list[Case]:
+    """Every cell in every way at one length and batch rule; `batch_sizes` of each, and of full."""
+    first_of = {spec.name: spec for spec in reversed(specs)}
+    tokens = settings.prompt_tokens(length)
+    cases = []
+    for spec in specs:
+        case = Case(spec, length, tokens, batch_sizes[spec], rule)
+        cases += _ways(case, settings, is_first=spec == first_of[spec.name])
+    if settings.eager_baseline:
+        cases.append(Case(FullSpec(), length, tokens, batch_sizes[FullSpec()], rule, eager=True))
+    return cases
+
 
 def make_cases(
     specs: Sequence[MethodSpec],
@@ -135,45 +219,44 @@ def make_cases(
     room: Room,
     measured: Sequence[Row] = (),
 ) -> list[Case]:
-    """Resolve the batch rules. Raises UsageError where not even one sequence fits.
+    """Resolve the batch rules, and the ways that each cell is decoded in.
+
+    Raises UsageError where not even one sequence fits, or for graphs on a CPU.
 
     Args:
         measured: rows of the run that is continued; their batches stay, although the memory that is
             free may have changed.
     """
+    if settings.graphs and room.device.type == "cpu":
+        raise UsageError("--graph says how a GPU decodes, and this is a CPU: leave it out.")
     before = {(r.get("spec", r["cell"]), r["context_length"], r["batch_rule"]): r for r in measured}
     cases = []
-    for length in settings.context_lengths:
-        tokens = settings.prompt_tokens(length)
-        for rule in settings.batch_rules:
-            for spec in specs:
-                row = before.get((spec.cell, length, rule), {})
-                size = int(rule) if rule.isdigit() else row.get("batch_size", 0)
-                if not size:
-                    by = FullSpec() if rule == "equal" else spec
-                    size = room.largest_batch(by, tokens, settings)
-                resolved = _as_before(spec, row)
-                if resolved is None:
-                    resolved = room.resolve(spec, tokens, settings, max(size, 1))
-                needed = resolved.cache_bytes(room.shape, tokens, settings.new_tokens).device
-                free = room.free_bytes(settings)
-                if size < 1 or needed * size > free:
-                    batch = max(size, 1)
-                    raise UsageError(
-                        f"{spec.cell} at {length} tokens needs {format_bytes(needed * batch)} for "
-                        f"batch {batch}, {format_bytes(free)} are free: use a smaller --batch-size "
-                        "or --context-length."
-                    )
-                rates = settings.hit_rates if isinstance(spec, ShadowKVSpec) else (None,)
-                cases += [
-                    Case(resolved, length, tokens, size, rule, rate, asked=spec) for rate in rates
-                ]
+    for length, rule in itertools.product(settings.context_lengths, settings.batch_rules):
+        rows = {spec: before.get((spec.cell, length, rule)) for spec in [*specs, FullSpec()]}
+        batch_sizes = {
+            spec: row["batch_size"]
+            if row
+            else room.batch_size(rule, spec, settings.prompt_tokens(length), settings)
+            for spec, row in rows.items()
+        }
+        for case in cases_at(length, rule, specs, settings, batch_sizes):
+            cases.append(_with_resident_layers(case, rows[case.spec], room, settings))
+    for case in cases:
+        room.check(case, settings)
     return cases
 
 
-def _as_before(spec: MethodSpec, row: Row) -> MethodSpec | None:
-    """The method as a row of the run that is continued resolved it; None for others."""
-    if getattr(spec, "resident_layers", 0) != "auto" or not row:
-        return None
-    assert isinstance(spec, ShadowKVSpec)
-    return replace(spec, resident_layers=row["resident_layers"])
+def _with_resident_layers(
+    case: Case, before: Row | None, room: Room, settings: BenchSettings
+) -> Case:
+    """The case with its resident layers as a number: that of an earlier row, or what fits."""
+    spec = case.spec
+    if not isinstance(spec, ShadowKVSpec) or spec.resident_layers != "auto":
+        return case
+    batch = max(case.batch_size, 1)
+    resolved = (
+        replace(spec, resident_layers=before["resident_layers"])
+        if before
+        else room.resolve(spec, case.prompt_tokens, settings, batch)
+    )
+    return replace(case, spec=resolved, asked=spec)

@@ -9,6 +9,10 @@ import torch
 RESERVE = 0.1
 """Share of the memory that is left for activations, the allocator and everybody else."""
 
+HOST_RESERVE_BYTES = 6_000_000_000
+"""Beside a GPU, the most that is left of the host's memory: what a process takes while it decodes,
+captures and profiles does not grow with the memory there is."""
+
 DECODE_RESERVE = 0.03
 """The same on a GPU that only decodes: the workspace of a step is small."""
 
@@ -33,13 +37,30 @@ def _cgroup_number(file: str) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def free_host_bytes() -> int:
+def _cgroup_used() -> int | None:
+    """Bytes that this process's control group holds and cannot drop: its file cache left out."""
+    used = _cgroup_number("memory.current")
+    stat = CGROUP / "memory.stat"
+    if used is None or not stat.is_file():
+        return used
+    lines = (line.split() for line in stat.read_text().splitlines())
+    fields = {line[0]: int(line[1]) for line in lines if len(line) == 2}
+    return max(used - fields.get("inactive_file", 0), 0)
+
+
+def available_host_bytes() -> int:
     """Memory of the host that can be taken without swapping, or leaving the container's limit."""
     free = _proc_field("/proc/meminfo", "MemAvailable")
-    limit, used = _cgroup_number("memory.max"), _cgroup_number("memory.current")
+    limit, used = _cgroup_number("memory.max"), _cgroup_used()
     if limit is not None and used is not None:
         free = min(free, limit - used)
-    return int(free * (1 - RESERVE))
+    return free
+
+
+def free_host_bytes() -> int:
+    """Memory of the host that values beside a GPU may take."""
+    available = available_host_bytes()
+    return available - min(int(RESERVE * available), HOST_RESERVE_BYTES)
 
 
 def free_device_bytes(device: torch.device, reserve: float = RESERVE) -> int:
@@ -47,10 +68,10 @@ def free_device_bytes(device: torch.device, reserve: float = RESERVE) -> int:
 
     Args:
         device: of the model.
-        reserve: share of a GPU's memory that is left.
+        reserve: share of a GPU's memory that is left; on a CPU it is always `RESERVE`.
     """
     if device.type == "cpu":
-        return free_host_bytes()
+        return int(available_host_bytes() * (1 - RESERVE))
     free, total = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(free + cached - reserve * total)

@@ -5,34 +5,45 @@
 One layer of the Llama-3.1-8B shape: 8 KV heads, 4 query heads each, head dimension 128. A CUDA
 graph of 20 launches is replayed; each launch takes the next of several copies of its inputs, so
 that the second-level cache is cold. Batches whose inputs do not fit are left out, and said so.
+SDPA's flash kernel stands beside `full_attention`; `--reference` times the torch references, too,
+which takes longer than all the rest.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shadowkv_cli.bench import probes
 from shadowkv_cli.config import parse_token_count, split_list
 from shadowkv_cli.console import notice, print_json, print_table
+from shadowkv_cli.methods.pinned import host_memory, pin
 from shadowkv_cli.ops import cases, compiled, layer_cases
 from shadowkv_cli.ops.cases import Arguments, Sizes
+from shadowkv_cli.ops.fp8 import FP8
 
-LAUNCHES, REPLAYS, EAGER = 20, 5, 3
+LAUNCHES, REPLAYS = 20, 5
 COLD_BYTES = 400e6
 """Inputs rotate until that many bytes lie between two uses: several times an H100's cache."""
 
-VARIANTS = ("fetch_values (host)", "fetch_values (host, fp8)", "select_chunks (fp8)")
-
 MISSES = 0.4
 """Share of the selected chunks that are fetched and rebuilt."""
+
+FROM_HOST, FROM_HOST_FP8 = "fetch_values (host)", "fetch_values (host, fp8)"
+SELECT_FP8, SDPA_FLASH = "select_chunks (fp8)", "full_attention (SDPA flash)"
+VARIANTS = (FROM_HOST, FROM_HOST_FP8, SELECT_FP8, SDPA_FLASH)
+"""Ops whose inputs lie elsewhere or in another dtype, and what stands beside one of ours."""
 
 COLUMN_OPS = {
     "gated_silu": layer_cases.gate_arguments,
@@ -68,6 +79,7 @@ def tokens_of(op: str, s: Sizes) -> int:
 
 def moved_bytes(op: str, s: Sizes) -> float:
     """Bytes that must be read and written once, indices left out."""
+    op = "full_attention" if op == SDPA_FLASH else op
     element, planes = 2, s.rows * s.heads
     token, at_once = s.dim * element, tokens_of(op, s)
     missed = planes * s.wanted * s.chunk_size * MISSES
@@ -75,11 +87,11 @@ def moved_bytes(op: str, s: Sizes) -> float:
         "append_tokens": 4 * planes * token,
         "build_landmarks": s.heads * (s.tokens + s.chunks) * token,
         "select_chunks": planes * s.chunks * (token * s.landmarks + 1),
-        "select_chunks (fp8)": planes * s.chunks * ((s.dim + 4) * s.landmarks + 1),
+        SELECT_FP8: planes * s.chunks * ((s.dim + 4) * s.landmarks + 1),
         "update_residency": planes * (s.wanted * 9 + s.slots * 8),
         "fetch_values": 2 * missed * token,
-        "fetch_values (host)": missed * token,
-        "fetch_values (host, fp8)": missed * s.dim,
+        FROM_HOST: missed * token,
+        FROM_HOST_FP8: missed * s.dim,
         "rebuild_keys": missed * (s.rank * element + token) + planes * s.rank * token,
         "sparse_attention": 2 * planes * (sum(s.fixed) + s.wanted * s.chunk_size) * token,
         "full_attention": 2 * planes * s.tokens * token,
@@ -91,25 +103,51 @@ def moved_bytes(op: str, s: Sizes) -> float:
 
 def input_bytes(op: str, s: Sizes) -> float:
     """Bytes of one copy of the arguments on the GPU, roughly."""
+    op = "full_attention" if op == SDPA_FLASH else op
     token, planes = s.dim * 2, s.rows * s.heads
     buffers = planes * (sum(s.fixed) + s.slots * s.chunk_size) * token
     return {
         "append_tokens": 2 * planes * s.tokens * token,
         "build_landmarks": s.heads * s.tokens * token,
         "fetch_values": planes * s.tokens * token + buffers,
-        "fetch_values (host)": buffers,
-        "fetch_values (host, fp8)": buffers,
+        FROM_HOST: buffers,
+        FROM_HOST_FP8: buffers,
         "rebuild_keys": s.rows * s.tokens * s.rank * 2 + buffers,
         "sparse_attention": 2 * buffers,
         "full_attention": 2 * planes * s.tokens * token,
     }.get(op, moved_bytes(op, s))
 
 
-def make(op: str, s: Sizes) -> Arguments:
-    if op.endswith("fp8)"):
-        s = replace(s, fp8=True)
-    if op.startswith("fetch_values"):
-        return cases.fetch_arguments(s, pinned=op != "fetch_values", share=MISSES)
+class HostValues:
+    """Pinned values for the largest batch: pinned once, for pinning takes long."""
+
+    def __init__(self, largest: Sizes) -> None:
+        values = (largest.prompts, largest.heads, largest.tokens, largest.dim)
+        self.bytes = host_memory((math.prod(values) * largest.dtype.itemsize,), torch.uint8)
+        pin([self.bytes], self)
+
+    def chunks(self, s: Sizes) -> Tensor:
+        """[P, Hk, C, c, D] of the dtype that values of these sizes are kept in."""
+        dtype, size = FP8 if s.fp8 else s.dtype, (s.prompts, s.heads, s.chunks, s.chunk_size, s.dim)
+        return self.bytes[: math.prod(size) * dtype.itemsize].view(dtype).view(size)
+
+
+def make(op: str, s: Sizes, held: HostValues) -> Arguments:
+    s = replace(s, fp8=op.endswith("fp8)"))
+    if op == "fetch_values":
+        return cases.fetch_arguments(s, share=MISSES)
+    if op in (FROM_HOST, FROM_HOST_FP8):
+        # The values that are drawn for one prompt are not used.
+        given = cases.fetch_arguments(replace(s, prompts=1), share=MISSES)
+        scales = given["scales"]
+        return given | {
+            "values": held.chunks(s),
+            "scales": scales.repeat(s.prompts, 1, 1) if s.fp8 else None,
+            "prompt_index": s.prompt_index(s.generator()),
+        }
+    if op == SDPA_FLASH:
+        given = cases.full_arguments(s)
+        return given | {key: given[key][:, :, : s.tokens] for key in ("keys", "values")}
     if op == "rebuild_keys":
         return cases.rebuild_arguments(s, share=MISSES)
     if op in COLUMN_OPS:
@@ -144,12 +182,43 @@ def event_ms(work: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times[1:])
 
 
-def measure(op: str, s: Sizes, peak_gb_s: float, bus_gb_s: float) -> dict[str, Any]:
-    """One row of the table: the op's time, bandwidth and share of the peak; the torch time."""
-    name = op.partition(" ")[0]
-    kernel = getattr(torch.ops.shadowkv, name)
-    reference = importlib.import_module(f"shadowkv_cli.ops.{name}")._reference
-    first = make(op, s)
+def _sdpa_flash(
+    query: Tensor, keys: Tensor, values: Tensor, prompt_index: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    """What `full_attention` does, for rows of one length, each with a prompt of its own."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(
+            query[:, :, None], keys, values, scale=scale, enable_gqa=True
+        )
+
+
+def _kernel_of(op: str) -> Callable[..., Any]:
+    if op == SDPA_FLASH:
+        return _sdpa_flash
+    found: Callable[..., Any] = getattr(torch.ops.shadowkv, op.partition(" ")[0])
+    return found
+
+
+def measure(
+    op: str,
+    s: Sizes,
+    held: HostValues,
+    peak_gb_s: float,
+    bus_gb_s: float,
+    *,
+    reference: bool = False,
+) -> dict[str, Any]:
+    """One row of the table: the op's time, bandwidth and share of the peak.
+
+    Args:
+        op: its name, and in brackets where its inputs lie or how many there are.
+        s: sizes.
+        held: values in host memory.
+        peak_gb_s, bus_gb_s: what the memory and the bus were probed to reach.
+        reference: time the torch reference, too; SDPA has none.
+    """
+    name, kernel = op.partition(" ")[0], _kernel_of(op)
+    first = make(op, s, held)
     inputs = [first]
     copies = 1 + int(COLD_BYTES // input_bytes(op, s)) if "residency" not in op else 1
     for _ in range(min(copies, LAUNCHES) - 1):
@@ -159,7 +228,10 @@ def measure(op: str, s: Sizes, peak_gb_s: float, bus_gb_s: float) -> dict[str, A
         kernel_ms = residency_ms(s)
     else:
         kernel_ms = graph_ms(lambda i: kernel(*inputs[i % len(inputs)].values()))
-    torch_ms = event_ms(lambda: reference(*first.values()), EAGER)
+    torch_ms = None
+    if reference and op != SDPA_FLASH:
+        plain = importlib.import_module(f"shadowkv_cli.ops.{name}")._reference
+        torch_ms = event_ms(lambda: plain(*first.values()), 1)
     speed = moved_bytes(op, s) / kernel_ms / 1e6
     return {
         "op": op,
@@ -194,11 +266,14 @@ def residency_ms(s: Sizes) -> float:
     return graph_ms(lambda i: torch.ops.shadowkv.update_residency(ids[i], steps[i], *held))
 
 
-def measure_all(sizes: Sequence[Sizes]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def measure_all(
+    sizes: Sequence[Sizes], *, reference: bool = False
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Every op at every size that fits, and the peaks of this run in GB/s."""
     device = torch.device("cuda")
     peak = probes.measure(device, ())
     bus = peak.h2d_gb_s or 1.0
+    held = HostValues(max(sizes, key=lambda s: s.prompts))
     rows = []
     for s in sizes:
         ops = [*cases.ARGUMENTS, *VARIANTS, *(f"{op} (prompt)" for op in COLUMN_OPS)]
@@ -211,7 +286,9 @@ def measure_all(sizes: Sequence[Sizes]) -> tuple[list[dict[str, Any]], dict[str,
             if input_bytes(op, s) * 2.6 > free:
                 notice(f"{op} at batch {s.rows} does not fit.")
                 continue
-            rows.append(measure(op, s, peak.memory_read_gb_s, bus))
+            started = time.perf_counter()
+            rows.append(measure(op, s, held, peak.memory_read_gb_s, bus, reference=reference))
+            notice(f"{op} at batch {s.rows}: {time.perf_counter() - started:.1f} s")
     return rows, {"memory_read_gb_s": peak.memory_read_gb_s, "h2d_gb_s": bus}
 
 
@@ -222,6 +299,7 @@ def main() -> None:
     parser.add_argument("--chunk-size", type=int, default=8)
     parser.add_argument("--budget", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=160)
+    parser.add_argument("--reference", action="store_true", help="time the torch references, too")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if compiled.ABSENT or not torch.cuda.is_available():
@@ -231,7 +309,7 @@ def main() -> None:
         sizes_of(int(batch), tokens, args.chunk_size, args.budget, args.rank)
         for batch in split_list([args.batch_size])
     ]
-    rows, peaks = measure_all(sizes)
+    rows, peaks = measure_all(sizes, reference=args.reference)
     name = torch.cuda.get_device_name()
     if args.json:
         print_json({"device": name, **peaks, "context_length": tokens, "results": rows})
@@ -241,7 +319,7 @@ def main() -> None:
             r["op"],
             str(r["batch_size"]),
             f"{r['ms']:.4f}",
-            f"{r['torch_ms']:.3f}",
+            "-" if r["torch_ms"] is None else f"{r['torch_ms']:.3f}",
             f"{r['mb']:.1f}",
             f"{r['gb_s']:.0f}",
             f"{100 * r['share_of_peak']:.1f}%",

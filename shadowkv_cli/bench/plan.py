@@ -83,6 +83,47 @@ def memory_items(
     ]
 
 
+def phase_bytes(
+    spec: MethodSpec,
+    shape: ModelShape,
+    weight_bytes: int,
+    prompt_tokens: int,
+    batch: int,
+    *,
+    hit_rate: float,
+) -> dict[str, float]:
+    """Bytes that each phase of a step must move once, all layers, indices left out.
+
+    `fetch` crosses the bus: values of layers that stay on the device are no part of it. All others
+    are in the device's memory. Of residency nothing is told: its tables are small.
+    """
+    token = shape.head_dim * shape.element_bytes
+    planes = shape.num_layers * batch * shape.num_kv_heads
+    found: dict[str, float] = {"dense": weight_bytes}
+    if not isinstance(spec, SparseSpec) or spec.is_dense(prompt_tokens):
+        return found | {"attention": 2 * planes * prompt_tokens * token}
+    kept = spec.keeps(prompt_tokens)
+    found["attention"] = 2 * planes * kept.tokens * token
+    if isinstance(spec, ShadowKVSpec):
+        missing = planes * kept.selected_tokens * (1 - hit_rate)
+        found["select"] = batch * shape.num_layers * spec.landmark_bytes(shape, prompt_tokens)
+        found["rebuild"] = missing * (spec.rank * shape.element_bytes + 2 * token)
+        forms = spec.value_forms(shape.num_layers)
+        if on_host := sum(form.placement == "host" for form in forms):
+            missed = _missed_bytes(spec, shape, prompt_tokens, batch, hit_rate)
+            found["fetch"] = on_host * missed
+    return found
+
+
+def _missed_bytes(
+    spec: ShadowKVSpec, shape: ModelShape, prompt_tokens: int, batch: int, hit_rate: float
+) -> float:
+    """Of the values of a layer that a step selects and does not find in its buffer."""
+    form, *_ = spec.value_forms(shape.num_layers)
+    selected = form.data_bytes(shape, spec.keeps(prompt_tokens).selected_tokens)
+    return batch * selected * (1 - hit_rate)
+
+
 def phase_ms(
     spec: MethodSpec,
     shape: ModelShape,
@@ -99,36 +140,31 @@ def phase_ms(
     Values that lie on the host come over the bus, which must be probed then; chunks of 1 KiB are
     taken to come as fast as those of 2 KiB, since a warp of the kernel reads two of them at once.
     """
-    read = probe.memory_read_gb_s * 1e6  # bytes a millisecond
-    layers, token = shape.num_layers, shape.head_dim * shape.element_bytes
-    planes = batch * shape.num_kv_heads
+    moved = phase_bytes(spec, shape, weight_bytes, prompt_tokens, batch, hit_rate=hit_rate)
+    layers, read = shape.num_layers, probe.memory_read_gb_s
 
-    def phase(name: str, launches: int, size: float, rate: float = read) -> float:
-        return layers * launches * LAUNCH_US[name] / 1e3 + layers * size / (rate * SHARE[name])
+    def phase(name: str, launches: int, gb_s: float = read) -> float:
+        fixed = layers * launches * LAUNCH_US[name] / 1e3
+        return fixed + moved[name] / (gb_s * 1e6 * SHARE[name])
 
     rows_ms = layers * batch * DENSE_ROW_US / 1e3
-    found = {"dense": phase("dense", 1, weight_bytes / layers) + rows_ms}
+    found = {"dense": phase("dense", 1) + rows_ms}
     if not isinstance(spec, SparseSpec) or spec.is_dense(prompt_tokens):
-        size = 2 * planes * prompt_tokens * token
-        found["attention"] = layers * size / (read * SHARE["full attention"])
+        found["attention"] = moved["attention"] / (read * 1e6 * SHARE["full attention"])
         return found | {"step": sum(found.values())}
-    kept = spec.keeps(prompt_tokens)
-    found["attention"] = phase("attention", lanes, 2 * planes * kept.tokens * token)
+    found["attention"] = phase("attention", lanes)
     if isinstance(spec, ShadowKVSpec):
-        missing = planes * kept.selected_tokens * (1 - hit_rate)
         tables = 1 if spec.key_buffer == spec.value_buffer else 2
-        landmarks = batch * spec.landmark_bytes(shape, prompt_tokens)
-        found["select"] = phase("select", lanes, landmarks)
+        found["select"] = phase("select", lanes)
         found["residency"] = layers * lanes * tables * LAUNCH_US["residency"] / 1e3
-        rebuilt = missing * (spec.rank * shape.element_bytes + 2 * token)
-        found["rebuild"] = phase("rebuild", lanes, rebuilt)
+        found["rebuild"] = phase("rebuild", lanes)
         forms, bus = spec.value_forms(layers), probe.zero_copy_gather_gb_s or probe.h2d_gb_s
-        missed = batch * forms[0].data_bytes(shape, kept.selected_tokens) * (1 - hit_rate)
+        moved["fetch"] = layers * _missed_bytes(spec, shape, prompt_tokens, batch, hit_rate)
         fetch = step = 0.0
         for placement, count in Counter(form.placement for form in forms).items():
-            rate = bus if placement == "host" else probe.memory_read_gb_s
+            rate = bus if placement == "host" else read
             assert rate, "the bus is probed on every GPU"
-            own = phase("fetch", lanes, missed, rate * 1e6)
+            own = phase("fetch", lanes, rate)  # were all layers of this placement
             fetch += own * count / layers
             step += _with_overlap(found | {"fetch": own}, lanes) * count / layers
         return found | {"fetch": fetch, "step": step}

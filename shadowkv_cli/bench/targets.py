@@ -1,10 +1,12 @@
-"""Hold a decode benchmark and the speeds of the ops against the project's targets.
+"""Hold decode benchmarks and the speeds of the ops against the project's targets.
 
-    python -m shadowkv_cli.bench.targets results/h100-decode
+    python -m shadowkv_cli.bench.targets results/h100-decode [results/h100-lengths …]
 
-Reads the run's throughput and, where it is there, `ops.json` beside it (`bench.op_speed --json`);
-writes `targets.json` there: name, target, measured, unit, command, commit, device, whether it is
-met. What the run does not hold stays unmeasured, and so not met.
+Reads the throughput of the runs and, where it is there, `ops.json` beside the first
+(`bench.op_speed --json`); writes `targets.json` into the first: name, target, measured, unit,
+command, commit, device, whether it is met. What no run holds stays unmeasured, neither met nor not;
+what has no target is reported. `--readme FILE` puts the table between `<!-- targets -->` and
+`<!-- /targets -->` of a file.
 """
 
 from __future__ import annotations
@@ -17,55 +19,108 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from shadowkv_cli.bench.markdown import markdown_table, replace_section
 from shadowkv_cli.console import print_table
 from shadowkv_cli.errors import UsageError
+from shadowkv_cli.results import Run as StoredRun
 from shadowkv_cli.results import read_run
 from shadowkv_cli.rowlog import Row, write_atomic
+from shadowkv_cli.run_config import EAGER
 
+SECTION = "targets"
 OFFICIAL_TOKENS_PER_S, OFFICIAL_BATCH = 350.0, 14
 """The official kernels on an H100 at 122,880 tokens and 59 % hits, launches hidden; measured for
 this project on the same shape (README, Throughput)."""
 
 CLOSE_HITS = 0.02
+CONTEXT = 122_880
+OTHER_LENGTHS = (61_440, 245_760)
+AS_GOOD = 0.9
+"""Of the ratio at `CONTEXT`, what other lengths must reach."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Measurements of ShadowKV that a target is about.
+
+    Attributes:
+        rule: of the batch.
+        hits: that the cell was driven to.
+        buffer: of values, as a multiple of the selection; None: any.
+        values, landmarks: their dtypes, `model` or `fp8`.
+        budget, landmarks_per_chunk: as the settings have them.
+        length: tokens of context.
+    """
+
+    rule: str = "auto"
+    hits: float = 0.88
+    buffer: float | None = None
+    values: str = "model"
+    landmarks: str = "model"
+    budget: str = "2048"
+    landmarks_per_chunk: int = 1
+    length: int = CONTEXT
+
+    def holds(self, row: Row) -> bool:
+        settings, driven = row["settings"], row["driven_hit_rate"]
+        return (
+            row["method"] == "shadowkv"
+            and driven is not None
+            and abs(driven - self.hits) < CLOSE_HITS
+            and (row["batch_rule"], row["context_length"]) == (self.rule, self.length)
+            and self.buffer in (None, settings["value_buffer"])
+            and settings["sparse_budget"] == self.budget
+            and settings["landmarks_per_chunk"] == self.landmarks_per_chunk
+            and settings.get("value_dtype", "model") == self.values
+            and settings.get("landmark_dtype", "model") == self.landmarks
+        )
 
 
 @dataclass(frozen=True)
 class Run:
-    """The rows of a benchmark that did not fail, and the rows of the ops."""
+    """The rows of benchmarks that did not fail, and the rows of the ops."""
 
     rows: list[Row]
     ops: list[Row]
 
-    def speed(self, rule: str, *, hits: float | None = None, buffer: float = 1.0) -> float | None:
-        """Median tokens/s of full attention, or of ShadowKV driven to a hit rate."""
-        return _middle([r["tokens_per_s"] for r in self._of(rule, hits, buffer)])
+    def fastest(self, cell: Cell) -> tuple[float, int] | None:
+        """Median tokens/s and batch of ShadowKV.
 
-    def batch(self, rule: str, hits: float | None, buffer: float = 1.0) -> int | None:
-        return next((int(r["batch_size"]) for r in self._of(rule, hits, buffer)), None)
+        Of the fastest, where a run holds several that differ in what the target leaves open, such
+        as buffers or lanes.
+        """
+        found: dict[tuple[str, int], list[float]] = {}
+        for row in filter(cell.holds, self.rows):
+            found.setdefault((row["cell"], row["batch_size"]), []).append(row["tokens_per_s"])
+        speeds = ((median(speeds), batch) for (_, batch), speeds in found.items())
+        return max(speeds, default=None)
 
-    def _of(self, rule: str, hits: float | None, buffer: float) -> list[Row]:
-        if hits is None:
-            return [r for r in self.rows if r["method"] == "full" and r["batch_rule"] == rule]
-        return [
-            r
-            for r in self.rows
-            if r["method"] == "shadowkv"
-            and r["batch_rule"] == rule
-            and r["driven_hit_rate"] is not None
-            and abs(r["driven_hit_rate"] - hits) < CLOSE_HITS
-            and r["settings"]["value_buffer"] == buffer
-        ]
+    def full(self, rule: str = "auto", length: int = CONTEXT, method: str = "full") -> float | None:
+        """Median tokens/s of full attention."""
+        wanted = (method, rule, length)
+        return _middle(
+            [
+                r["tokens_per_s"]
+                for r in self.rows
+                if (r["method"], r["batch_rule"], r["context_length"]) == wanted
+            ]
+        )
 
-    def over_full(self, rule: str, hits: float, buffer: float) -> float | None:
-        ours, full = self.speed(rule, hits=hits, buffer=buffer), self.speed(rule)
-        return ours / full if ours and full else None
+    def over_full(self, cell: Cell) -> float | None:
+        ours, full = self.fastest(cell), self.full(cell.rule, cell.length)
+        return ours[0] / full if ours and full else None
+
+    def eager_over_full(self) -> float | None:
+        eager, full = self.full(method=EAGER), self.full()
+        return eager / full if eager and full else None
 
     def over_official(self) -> float | None:
         """By sequence, since the batch that fits may be another one by a few."""
-        ours, batch = self.speed("auto", hits=0.59, buffer=4.0), self.batch("auto", 0.59, 4.0)
-        if not ours or not batch:
+        ours = self.fastest(Cell(hits=0.59))
+        if ours is None:
             return None
-        return ours / batch / (OFFICIAL_TOKENS_PER_S / OFFICIAL_BATCH)
+        speed, batch = ours
+        return speed / batch / (OFFICIAL_TOKENS_PER_S / OFFICIAL_BATCH)
 
     def dense_ms(self) -> float | None:
         """The most that matrix products and the ops around them take in any row."""
@@ -73,40 +128,63 @@ class Run:
         shown = [r["phase_ms"] for r in self.rows if r.get("phase_ms")]
         return max((sum(p.get(part, 0.0) for part in parts) for p in shown), default=None)
 
-    def op(self, name: str, field: str) -> float | None:
-        """Of an op at the largest batch that was measured."""
-        rows = [r for r in self.ops if r["op"] == name]
+    def op(self, name: str, field: str, batch: int | None = None) -> float | None:
+        """Of an op at a batch, or at the largest one that was measured."""
+        rows = [r for r in self.ops if r["op"] == name and batch in (None, r["batch_size"])]
         return max(rows, key=lambda r: r["batch_size"])[field] if rows else None
+
+
+Measure = Callable[[Run], float | None]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A figure to be reached: at least `target`, or at most if `is_limit`."""
+    """A figure to be reached: at least `target`, or at most if `is_limit`.
+
+    `target` may be of what the run measured itself; None: the figure is reported alone.
+    """
 
     name: str
-    target: float
+    target: float | Measure | None
     unit: str
-    measure: Callable[[Run], float | None]
+    measure: Measure
     is_limit: bool = False
 
-    def met(self, measured: float | None) -> bool:
-        if measured is None:
-            return False
-        return measured <= self.target if self.is_limit else measured >= self.target
+    def wanted(self, run: Run) -> float | None:
+        return self.target(run) if callable(self.target) else self.target
+
+    def met(self, measured: float | None, wanted: float | None) -> bool | None:
+        """None where there is nothing to tell."""
+        if measured is None or wanted is None:
+            return None
+        return measured <= wanted if self.is_limit else measured >= wanted
+
+
+def _ratio(name: str, target: float | Measure | None, unit: str = "x full", **of: Any) -> Target:
+    cell = Cell(**of)
+    return Target(name, target, unit, lambda run: run.over_full(cell))
+
+
+def _as_good_as_at_the_context(run: Run) -> float | None:
+    ratio = run.over_full(Cell(buffer=4.0))
+    return None if ratio is None else AS_GOOD * ratio
 
 
 TARGETS: Sequence[Target] = (
-    Target("exact bf16, hits driven to 60 %", 4.0, "x full",
-           lambda run: run.over_full("auto", 0.59, 4.0)),
-    Target("exact bf16, LRU buffer of 4 times, hits driven to 88 %", 6.5, "x full",
-           lambda run: run.over_full("auto", 0.88, 4.0)),
-    Target("values fp8, 88 %", 8.5, "x full", lambda run: None),
-    Target("values and landmarks fp8, 88 %", 11.0, "x full", lambda run: None),
+    _ratio("exact bf16, hits driven to 60 %", 4.0, hits=0.59),
+    _ratio("exact bf16, LRU buffer of 4 times, hits driven to 88 %", 6.5, buffer=4.0),
+    _ratio("values fp8, 88 %", 8.5, values="fp8"),
+    _ratio("values and landmarks fp8, 88 %", 11.0, values="fp8", landmarks="fp8"),
+    _ratio("two landmarks a chunk, all fp8, budget 1,024, 88 %", None, values="fp8",
+           landmarks="fp8", landmarks_per_chunk=2, budget="1024"),
     Target("over the official kernels, a sequence, 59 % hits", 1.5, "x", Run.over_official),
-    Target("batch 1, hits driven to 88 %", 1.2, "x full at batch 1",
-           lambda run: run.over_full("1", 0.88, 4.0)),
-    Target("select_chunks, largest batch measured", 0.31, "ms a layer",
-           lambda run: run.op("select_chunks", "ms"), is_limit=True),
+    _ratio("batch 1, hits driven to 88 %", 1.2, "x full at batch 1", rule="1"),
+    *(_ratio(f"exact bf16, 88 %, {length:,} tokens", _as_good_as_at_the_context,
+             buffer=4.0, length=length)
+      for length in OTHER_LENGTHS),
+    Target("eager SDPA flash, full attention's batch", None, "x full", Run.eager_over_full),
+    Target("select_chunks, batch 24", 0.31, "ms a layer",
+           lambda run: run.op("select_chunks", "ms", batch=24), is_limit=True),
     Target("fetch_values from the host", 48.0, "GB/s",
            lambda run: run.op("fetch_values (host)", "gb_s")),
     Target("sparse_attention", 75.0, "% of the HBM probe",
@@ -125,32 +203,53 @@ def _middle(values: list[float]) -> float | None:
     return median(values) if values else None
 
 
-def compare(folder: Path) -> list[dict[str, Any]]:
-    """Each target beside what a run measured.
+def compare(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Each target beside what the runs measured; commit and device are the first run's.
 
-    Raises UsageError where there is no run, or the speeds of the ops are cut off.
+    Raises UsageError where there is no run, runs are of other devices, or the speeds of the ops are
+    cut off.
     """
-    found = read_run(folder)
-    run = Run([row for row in found.throughput if row["error"] is None], _speeds_of_ops(folder))
-    environment = found.manifest["environment"]
-    gpu, git = environment.get("gpu") or {}, environment.get("git") or {}
-    rows = []
+    runs = [read_run(folder) for folder in folders]
+    first = runs[0]
+    devices = dict.fromkeys(map(_device, runs))
+    if len(devices) > 1:
+        raise UsageError(f"The runs were made on different devices: {', '.join(map(str, devices))}")
+    rows = [row for run in runs for row in run.throughput if row["error"] is None]
+    run = Run(rows, _speeds_of_ops(folders[0]))
+    git = first.manifest["environment"].get("git") or {}
+    commands = dict.fromkeys(" ".join(told) for run in runs for told in _commands(run))
+    compared = []
     for target in TARGETS:
-        measured = target.measure(run)
-        rows.append(
+        measured, wanted = target.measure(run), target.wanted(run)
+        compared.append(
             {
                 "name": target.name,
-                "target": target.target,
+                "target": _rounded(wanted),
                 "sense": "at most" if target.is_limit else "at least",
-                "measured": None if measured is None else round(measured, 3),
+                "measured": _rounded(measured),
                 "unit": target.unit,
-                "met": target.met(measured),
-                "command": " ".join(found.manifest["command"]),
+                "met": target.met(measured, wanted),
+                "command": " && ".join(commands),
                 "commit": git.get("commit"),
-                "device": gpu.get("name"),
+                "device": _device(first),
             }
         )
-    return rows
+    return compared
+
+
+def _commands(run: StoredRun) -> list[list[str]]:
+    """All command lines that a run was measured with, the last one last."""
+    earlier = [session["command"] for session in run.manifest.get("earlier_sessions", [])]
+    return [*earlier, run.manifest["command"]]
+
+
+def _device(run: StoredRun) -> str | None:
+    name: str | None = (run.manifest["environment"].get("gpu") or {}).get("name")
+    return name
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
 
 
 def _speeds_of_ops(folder: Path) -> list[Row]:
@@ -166,26 +265,35 @@ def _speeds_of_ops(folder: Path) -> list[Row]:
     return rows
 
 
+def _as_cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table: target, wanted, measured, unit, verdict."""
+    wanted = "reported" if row["target"] is None else f"{row['sense']} {row['target']:.4g}"
+    measured = "not measured" if row["measured"] is None else f"{row['measured']:.3g}"
+    verdict = {True: "met", False: "not met", None: ""}[row["met"]]
+    return [row["name"], wanted, measured, row["unit"], verdict]
+
+
+HEADS = ["target", "wanted", "measured", "unit", ""]
+
+
+def target_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of a targets.json in Markdown."""
+    return markdown_table(HEADS, [_as_cells(row) for row in rows])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("run", type=Path, help="folder of a decode benchmark")
-    folder: Path = parser.parse_args().run
+    parser.add_argument("run", type=Path, nargs="+", help="folders of decode benchmarks")
+    parser.add_argument("--readme", type=Path, help="put the table into this file, too")
+    given = parser.parse_args()
     try:
-        rows = compare(folder)
+        rows = compare(given.run)
+        if given.readme:
+            replace_section(given.readme, SECTION, target_table(rows))
     except UsageError as error:
         parser.error(str(error))
-    write_atomic(folder / "targets.json", json.dumps(rows, indent=1) + "\n")
-    shown = [
-        [
-            row["name"],
-            f"{row['sense']} {row['target']:g}",
-            "not measured" if row["measured"] is None else f"{row['measured']:.3g}",
-            row["unit"],
-            "met" if row["met"] else "not met",
-        ]
-        for row in rows
-    ]
-    print_table("Targets", ["target", "wanted", "measured", "unit", ""], shown, [])
+    write_atomic(given.run[0] / "targets.json", json.dumps(rows, indent=1) + "\n")
+    print_table("Targets", HEADS, [_as_cells(row) for row in rows], [])
 
 
 if __name__ == "__main__":

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import gc
-import itertools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
-from shadowkv_cli.bench import plan, probes, timeline
-from shadowkv_cli.bench.cases import Case, free_bytes, lanes_of
-from shadowkv_cli.bench.driven_hits import drive
+from shadowkv_cli.bench.cases import Case, free_bytes
+from shadowkv_cli.bench.measure import Drifts, measure
 from shadowkv_cli.bench.memory import PeakMemory, free_host_bytes
 from shadowkv_cli.bench.probes import device_name
 from shadowkv_cli.bench.state import fill_prompts, fill_synthetic, random_prompts
 from shadowkv_cli.config import CacheBytes, MethodSpec, SparseSpec
 from shadowkv_cli.errors import UsageError
+from shadowkv_cli.methods.pinned import idle_bytes
 from shadowkv_cli.model.loading import LoadedModel
 from shadowkv_cli.model.session import MethodFailure, Session
 from shadowkv_cli.run_config import BenchSettings
@@ -46,9 +43,10 @@ def _all_fit(
     specs: Sequence[MethodSpec], case: Case, loaded: LoadedModel, settings: BenchSettings
 ) -> bool:
     needed = _needed_bytes(specs, case, loaded, settings)
+    free = free_bytes(loaded.device, settings)
     if loaded.device.type == "cpu":
-        return needed.device + needed.host <= free_host_bytes()
-    return needed.device <= free_bytes(loaded.device, settings) and needed.host <= free_host_bytes()
+        return needed.device + needed.host <= free
+    return needed.device <= free and needed.host <= free_host_bytes() + idle_bytes()
 
 
 class _Bench:
@@ -69,8 +67,7 @@ class _Bench:
         if settings.share and not self.all_fit:
             self.sets = [[spec] for spec in specs]
         self._kept: dict[int, tuple[Session, torch.Tensor, float | None]] = {}
-        self.drifts: dict[Case, float] = {}
-        """How fast queries drift that drive a case to its hit rate: found in its first round."""
+        self.drifts: Drifts = {}
 
     @contextmanager
     def session(self, place: int) -> Iterator[tuple[Session, torch.Tensor, float | None]]:
@@ -114,111 +111,10 @@ class _Bench:
             num_prompts=batch,
             backend=settings.backend,
             merge_cells=False,
-            captures=settings.graph,
         )
         if settings.state == "synthetic":
             return session, fill_synthetic(session, tokens), None
         return session, *fill_prompts(session, prompts)
-
-
-class _StepClock:
-    """Times between marks: on a GPU by its own events, so that no step waits for the host."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._marks: list[Any] = []
-
-    def mark(self) -> None:
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record(torch.cuda.current_stream(self.device))
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
-
-    def step_ms(self) -> list[float]:
-        pairs = itertools.pairwise(self._marks)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            return [before.elapsed_time(after) for before, after in pairs]
-        return [(after - before) * 1e3 for before, after in pairs]
-
-
-def measure(
-    session: Session,
-    first: torch.Tensor,
-    case: Case,
-    settings: BenchSettings,
-    drifts: dict[Case, float],
-    number: int,
-) -> Row:
-    """Decode one cell alone, greedily, and time each step; the first round looks at phases too."""
-    session.focus(case.spec, lanes=lanes_of(case, settings))
-    if case.hit_rate is not None:
-        steps = (settings.warmup_steps, settings.decode_steps)
-        drifts[case] = drive(session, first, case.hit_rate, *steps, drifts.get(case))
-        session.reset()
-    tokens, clock = first, _StepClock(session.loaded.device)
-    finite = torch.ones(case.batch_size, dtype=torch.bool, device=first.device)
-    with session.attached():
-        for step in range(settings.new_tokens):
-            if step == settings.warmup_steps:
-                clock.mark()
-            stepped = session.next_tokens(tokens)
-            tokens = stepped.tokens
-            finite &= stepped.finite
-            if step >= settings.warmup_steps:
-                clock.mark()
-    step_ms = clock.step_ms()
-    session.check_finite(finite)
-    audits = [session.audit(row, settings.new_tokens) for row in range(case.batch_size)]
-    (_, group), *_ = session.batch.parts
-    hits = group.hit_rate(max(settings.warmup_steps, 1) + 1, settings.new_tokens)
-    return {
-        "tokens_per_s": case.batch_size * len(step_ms) / sum(step_ms) * 1e3,
-        "step_ms_p50": float(np.percentile(step_ms, 50)),
-        "step_ms_p99": float(np.percentile(step_ms, 99)),
-        "step_ms": [round(ms, 4) for ms in step_ms],
-        "captured": session.is_captured,
-        "lanes": lanes_of(case, settings),
-        "hit_rate": hits,
-        "attended_tokens": sum(a["attended_tokens"] for a in audits) / len(audits),
-        "error": None,
-        "phase_ms": _phases(session, first, settings) if number == 0 else None,
-        "predicted_step_ms": _predicted(session, case, settings, hits),
-    }
-
-
-def _predicted(
-    session: Session, case: Case, settings: BenchSettings, hits: float | None
-) -> float | None:
-    """What the planner says of this batch at the hit rate that was measured; of a GPU alone."""
-    loaded = session.loaded
-    probe = probes.stored(device_name(loaded.device))
-    if not session.is_captured or probe is None:
-        return None
-    weights = sum(parameter.nbytes for parameter in loaded.model.parameters())
-    found = plan.phase_ms(
-        case.spec,
-        loaded.shape,
-        weights,
-        probe,
-        case.prompt_tokens,
-        case.batch_size,
-        hit_rate=hits or 0.0,
-        lanes=lanes_of(case, settings),
-    )
-    return round(found["step"], 3)
-
-
-def _phases(
-    session: Session, first: torch.Tensor, settings: BenchSettings
-) -> dict[str, float] | None:
-    """A captured step by phase, where the steps leave room to look at some."""
-    warmup = settings.new_tokens - timeline.STEPS
-    if not session.is_captured or warmup < 0:
-        return None
-    return timeline.phase_ms(session, first, warmup)
 
 
 def describe_case(case: Case, settings: BenchSettings, loaded: LoadedModel) -> Row:
@@ -230,7 +126,7 @@ def describe_case(case: Case, settings: BenchSettings, loaded: LoadedModel) -> R
         "cell": case.cell,
         "spec": case.asked_spec.cell,
         "driven_hit_rate": case.hit_rate,
-        "method": spec.name,
+        "method": case.method,
         "settings": case.asked_spec.settings(),
         "resident_layers": case.resident_layers,
         "sparse_budget_tokens": wanted.selected_tokens if wanted else None,
@@ -307,7 +203,7 @@ def _measure_set(
                 peak.restart()
                 try:
                     row |= measure(session, first, case, bench.settings, bench.drifts, number)
-                except MethodFailure as failure:
+                except (MethodFailure, torch.OutOfMemoryError) as failure:
                     row |= _failure(failure)
                 # A shared prefill does the work of every cell.
                 row |= {

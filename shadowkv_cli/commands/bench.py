@@ -14,12 +14,19 @@ from shadowkv_cli.option_groups import (
     BatchSizeOption,
     MethodOptions,
     ModelOptions,
+    OneAtATimeOption,
     RunOptions,
     TimingOptions,
     given_lengths,
     spread,
 )
-from shadowkv_cli.run_config import BenchConfig, default_output, parse_hit_rates
+from shadowkv_cli.run_config import (
+    BenchConfig,
+    default_output,
+    parse_graphs,
+    parse_hit_rates,
+    parse_lanes,
+)
 
 DEFAULT_CONTEXT = 16 * 1024
 
@@ -64,16 +71,29 @@ def bench(
         ),
     ] = None,
     lanes: Annotated[
-        int | None,
+        list[str] | None,
         typer.Option(
-            metavar="N",
-            help="Parts of a batch whose fetches from the host overlap with each other's work. "
-            "[default: 2 from 4 sequences on]",
+            metavar="N[,…]",
+            help="Parts of a batch whose fetches from the host overlap with each other's work; "
+            "commas or repeats. [default: 2 from 4 sequences on]",
         ),
     ] = None,
     graph: Annotated[
-        bool, typer.Option("--graph/--no-graph", help="On a GPU, a step is one CUDA graph.")
-    ] = True,
+        list[str] | None,
+        typer.Option(
+            metavar="on|off[,…]",
+            help="Whether a step on a GPU is one CUDA graph; commas or repeats. [default: on]",
+        ),
+    ] = None,
+    eager_baseline: Annotated[
+        bool,
+        typer.Option(
+            "--eager-baseline",
+            help="Also time full attention as it runs without this program: transformers' own "
+            "forward with SDPA, op by op.",
+        ),
+    ] = False,
+    one_at_a_time: OneAtATimeOption = False,
     plan: Annotated[
         bool,
         typer.Option(
@@ -93,7 +113,7 @@ def bench(
     from shadowkv_cli.benchmark import benchmark
     from shadowkv_cli.reporting import report_run
 
-    specs = methods.specs()
+    specs = methods.specs(star=one_at_a_time)
     if state == "auto":
         state = "prompts" if data else "tokens"
     if data is not None and state != "prompts":
@@ -104,8 +124,10 @@ def bench(
     settings = replace(
         timing.settings(lengths, batch_size, state, model.attention_backend, share=share),
         hit_rates=parse_hit_rates(hit_rate),
-        lanes=lanes,
-        graph=graph,
+        lanes=parse_lanes(lanes),
+        graphs=parse_graphs(graph),
+        eager_baseline=eager_baseline,
+        one_at_a_time=one_at_a_time,
     )
     choice = model.choice()
     identity = {"model": choice, "cells": [s.cell for s in specs], "how": settings, "data": data}

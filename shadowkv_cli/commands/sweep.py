@@ -14,6 +14,7 @@ from shadowkv_cli.option_groups import (
     BatchSizeOption,
     MethodOptions,
     ModelOptions,
+    OneAtATimeOption,
     RunOptions,
     TimingOptions,
     eval_config,
@@ -30,14 +31,7 @@ def sweep(
     data: AnswerOptions,
     methods: MethodOptions,
     timing: TimingOptions,
-    one_at_a_time: Annotated[
-        bool,
-        typer.Option(
-            "--one-at-a-time",
-            help="Vary one setting at a time, the others at the first value of their lists, "
-            "instead of every combination.",
-        ),
-    ] = False,
+    one_at_a_time: OneAtATimeOption = False,
     no_throughput: Annotated[
         bool, typer.Option("--no-throughput", help="Measure accuracy only.")
     ] = False,

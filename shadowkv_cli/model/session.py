@@ -111,15 +111,17 @@ class Session:
         self._prompt: Prompt | None = None  # the one that is being prefilled
         self._tables: dict[tuple[float, ...], int] = {}
 
-    def focus(self, spec: MethodSpec, lanes: int = 1) -> None:
+    def focus(self, spec: MethodSpec, lanes: int = 1, captures: bool | None = None) -> None:
         """Decode one cell alone from now on, unpadded; needs a session that merges no cells.
 
         Args:
             spec: the cell.
             lanes: parts of its rows whose fetches overlap; 1 where nothing is fetched.
+            captures: on a GPU, a step is one CUDA graph; None: as this session was made.
         """
         group = next(group for _, group in self.groups if group.rows[0].spec == spec)
         assert len(group.rows) == self.num_prompts, "the cells of this session are merged"
+        self._captures = self._captures if captures is None else captures
         group.split_lanes(lanes)
         group.drift = None
         self._graphs.clear()

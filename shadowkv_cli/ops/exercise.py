@@ -37,8 +37,11 @@ def main() -> None:
     runs += [(sizes, name) for sizes in ODD_SIZES for name in layer_cases.ANY_SIZE]
     for sizes, name in runs:
         getattr(torch.ops.shadowkv, name)(*cases.ARGUMENTS[name](sizes).values())
-        torch.cuda.synchronize()
-        print("ran", name, sizes.dtype, flush=True)
+        try:
+            torch.cuda.synchronize()
+        except torch.AcceleratorError as error:
+            sys.exit(f"{name} failed with {sizes}: {error}")
+    print(f"ran {len(cases.ARGUMENTS)} ops in {len(runs)} cases")
 
 
 if __name__ == "__main__":

@@ -35,12 +35,14 @@ SHORT_NAMES = {
 
 @dataclass(frozen=True)
 class Series:
-    """One run: its name in the figures, its records and its prediction rows."""
+    """One run: its name in the figures, its records and rows, and the probe of its device."""
 
     label: str
     scores: list[ScoreRecord]
     throughput: list[ThroughputRecord]
     predictions: list[Row]
+    measurements: list[Row]
+    probe: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ def load(runs: Sequence[Run]) -> PlotData:
             score_records(run.predictions),
             throughput_records(run.throughput),
             run.predictions,
+            run.throughput,
+            (run.manifest.get("environment") or {}).get("probe") or {},
         )
         for run in runs
     ]
@@ -126,6 +130,20 @@ def pretty_cell(cell: str) -> str:
     parts = [part.partition("=") for part in settings.split(",") if part]
     # No-break spaces: a name stays on one line with its value.
     return ", ".join([method, *(f"{SHORT_NAMES.get(k, k)}\u00a0{v}" for k, _, v in parts)])
+
+
+def different_settings(cells: Sequence[str]) -> tuple[list[str], str]:
+    """Cells as words without the settings that all cells of ShadowKV have, and these as words."""
+    split = [cell.partition(" (") for cell in cells]
+    settings = [name.partition(":")[2].split(",") for name, *_ in split]
+    ours = [own for cell, own in zip(cells, settings, strict=True) if ":" in cell]
+    common = [part for part in (ours[0] if ours else []) if all(part in own for own in ours)]
+    words = []
+    for (name, bracket, rest), own in zip(split, settings, strict=True):
+        different = ",".join(part for part in own if part and part not in common)
+        method = name.partition(":")[0]
+        words.append(pretty_cell(f"{method}:{different}") + bracket + rest)
+    return words, pretty_cell(":" + ",".join(common)).removeprefix(", ")
 
 
 def representative_cells(records: Sequence[ScoreRecord], limit: int) -> list[str]:

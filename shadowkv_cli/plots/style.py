@@ -54,6 +54,13 @@ def new_figure(
     return figure, [list(row) for row in axes]
 
 
+def rgb(colour: str) -> tuple[float, float, float]:
+    """Red, green and blue of a colour, 0 to 1 each."""
+    from matplotlib.colors import to_rgb
+
+    return to_rgb(colour)
+
+
 def colours(count: int) -> list[Any]:
     """Ordered colours from viridis, dark to light, without its palest end."""
     from matplotlib import colormaps

@@ -1,0 +1,165 @@
+"""The ways that a benchmark decodes a cell in: hit rates, lanes, with and without a graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shadowkv_cli.bench import cases, memory, throughput
+from shadowkv_cli.bench.cases import Room, cases_at, make_cases
+from shadowkv_cli.cells import build_specs
+from shadowkv_cli.cli import run
+from shadowkv_cli.config import FullSpec, ModelShape
+from shadowkv_cli.results import read_run
+from shadowkv_cli.run_config import BenchSettings
+
+LLAMA = ModelShape(32, 32, 8, 128, 2)
+ON_HOST = {"value_placement": "host", "sparse_budget": "2048", "outlier_chunks": "48"}
+SPECS = build_specs(["full", "shadowkv", "shadowkv:value_buffer=4,key_buffer=4"], ON_HOST)
+
+
+def settings_of(**changes: Any) -> BenchSettings:
+    return BenchSettings(context_lengths=(122_880,), **changes)
+
+
+def cells(batch: int, **changes: Any) -> list[str]:
+    sizes = dict.fromkeys([*SPECS, FullSpec()], batch)
+    found = cases_at(122_880, str(batch), SPECS, settings_of(**changes), sizes)
+    return [case.cell.partition(" (")[2].rstrip(")") for case in found]
+
+
+def test_every_combination_or_one_at_a_time() -> None:
+    assert cells(8) == ["", "", ""]
+    assert cells(8, lanes=(1, 2)) == ["", *("1 lane", "2 lanes") * 2]
+    both = {"lanes": (2, 1), "graphs": (True, False), "hit_rates": (0.59,)}
+    ours = ["2 lanes", "2 lanes; no graph", "1 lane", "1 lane; no graph"]
+    driven = [f"hits driven to 59%; {words}" for words in ours]
+    assert cells(8, **both) == ["", "no graph", *driven, *driven]
+    star = [driven[0], driven[1], driven[2]]
+    assert cells(8, **both, one_at_a_time=True) == ["", "no graph", *star, driven[0]]
+
+
+def test_a_batch_has_no_more_lanes_than_sequences() -> None:
+    assert cells(2, lanes=(1, 2, 4, 8)) == ["", *("1 lane", "2 lanes") * 2]
+    assert cells(1, lanes=(2, 4)) == ["", "1 lane", "1 lane"]
+    found = cases_at(122_880, "3", SPECS, settings_of(), dict.fromkeys([*SPECS, FullSpec()], 3))
+    assert [case.lanes for case in found] == [1, 1, 1], "fewer than four sequences"
+
+
+@pytest.fixture
+def h100(monkeypatch) -> Room:
+    """A machine with 64 GB beside the weights and 130 GB of host memory, which nobody asks."""
+    monkeypatch.setattr(cases, "free_device_bytes", lambda device, reserve: 64_900_000_000)
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: 130_000_000_000)
+    monkeypatch.setattr(cases, "available_host_bytes", lambda: 130_000_000_000)
+    return Room(LLAMA, torch.device("cuda"))
+
+
+def test_auto_fills_the_host_but_for_what_a_process_takes(h100: Room, monkeypatch) -> None:
+    settings = settings_of(batch_rules=("auto",), state="synthetic", decode_steps=24)
+    sizes = {case.spec: case.batch_size for case in make_cases(SPECS, settings, h100)}
+    assert sizes == {SPECS[0]: 4, SPECS[1]: 15, SPECS[2]: 15}
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: 126_000_000_000)
+    assert make_cases(SPECS[1:], settings, h100)[0].batch_size == 14
+
+
+def test_what_the_host_cannot_hold_is_refused_before_anything_is_held(h100: Room) -> None:
+    from shadowkv_cli.errors import UsageError
+
+    settings = settings_of(batch_rules=("17",), state="synthetic")
+    with pytest.raises(
+        UsageError, match=r"needs 136\.\d GB of host memory for batch 17, 130\.0 GB"
+    ):
+        make_cases(SPECS[1:], settings, h100)
+    with pytest.raises(UsageError, match="full at 122880 tokens needs"):
+        make_cases(SPECS[1:], settings_of(batch_rules=("5",), eager_baseline=True), h100)
+
+
+def test_graphs_are_for_a_gpu(h100: Room) -> None:
+    from shadowkv_cli.errors import UsageError
+
+    settings = settings_of(graphs=(True, False))
+    assert [case.graph for case in make_cases(SPECS[:1], settings, h100)] == [True, False]
+    with pytest.raises(UsageError, match="--graph says how a GPU decodes"):
+        make_cases(SPECS[:1], settings, Room(LLAMA, torch.device("cpu")))
+
+
+def command(model: Path, output: Path, *more: str) -> list[str]:
+    fast = ["--rank", "8", "--sparse-budget", "32", "--decode-steps", "4", "--warmup-steps", "2"]
+    place = ["--context-length", "512", "--state", "synthetic", "--output", str(output)]
+    return ["bench", "--model", str(model), *fast, *place, "--rounds", "2", *more]
+
+
+def test_lanes_share_one_filled_session_and_one_drift(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    filled, searched = [], []
+    fill, drive = throughput.fill_synthetic, measured_drive()
+    monkeypatch.setattr(
+        throughput, "fill_synthetic", lambda *given: filled.append(1) or fill(*given)
+    )
+
+    def count(session, first, wanted, warmup, steps, known):
+        if known is None:
+            searched.append(wanted)
+        return drive(session, first, wanted, warmup, steps, known)
+
+    monkeypatch.setattr("shadowkv_cli.bench.measure.drive", count)
+    more = ["--value-placement", "host", "--lanes", "2,1", "--lanes", "4", "--batch-size", "4"]
+    more += ["--hit-rate", "0.5,measured", "--method", "shadowkv", "--value-buffer", "1,2"]
+    assert run(command(tiny_model_folder, tmp_path / "b", *more, "--share")) == 0
+    assert filled == [1], "all cells of one length and batch read one filled state"
+    assert searched == [0.5, 0.5], "once for each cell, whatever its lanes"
+    rows = read_run(tmp_path / "b").throughput
+    assert len(rows) == 2 * 2 * 2 * 3
+    assert {row["lanes"] for row in rows} == {1, 2, 4}
+    assert len({row["cell"] for row in rows}) == 12
+
+
+def measured_drive():
+    from shadowkv_cli.bench import measure
+
+    return measure.drive
+
+
+def test_one_at_a_time_varies_settings_too(tiny_model_folder: Path, tmp_path: Path) -> None:
+    more = ["--value-placement", "host", "--value-buffer", "4,1,2", "--key-buffer", "4,2"]
+    more += ["--lanes", "2,1", "--batch-size", "2", "--method", "shadowkv", "--one-at-a-time"]
+    assert run(command(tiny_model_folder, tmp_path / "b", *more, "--share")) == 0
+    rows = [row for row in read_run(tmp_path / "b").throughput if row["round"] == 0]
+    found = [
+        (row["settings"]["value_buffer"], row["settings"]["key_buffer"], row["lanes"])
+        for row in rows
+    ]
+    assert found == [(4, 4, 2), (4, 4, 1), (1, 4, 2), (2, 4, 2), (4, 2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--graph", "off"], "--graph says how a GPU decodes"),
+        (["--graph", "maybe"], "--graph must be on or off, not 'maybe'"),
+        (["--lanes", "two"], "--lanes 'two' is no number of lanes"),
+        (["--lanes", "0"], "--lanes must be at least 1, not 0"),
+    ],
+)
+def test_ways_that_cannot_be_are_refused(
+    more: list[str], says: str, tmp_path: Path, tiny_model_folder: Path, capsys
+) -> None:
+    given = command(tiny_model_folder, tmp_path / "b", "--value-placement", "host", *more)
+    assert run(given) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1, error
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_dry_run_counts_every_way(tiny_model_folder: Path, tmp_path: Path, capsys) -> None:
+    more = ["--value-placement", "host", "--lanes", "1,2", "--batch-size", "4", "--eager-baseline"]
+    more += ["--hit-rate", "0.5,measured", "--dry-run"]
+    assert run(command(tiny_model_folder, tmp_path / "b", *more)) == 0
+    # Full attention, the baseline, and ShadowKV twice at two hit rates; two rounds each.
+    assert "12 measurements" in capsys.readouterr().out
