@@ -209,7 +209,7 @@ def test_the_baseline_decodes_what_the_engine_decodes_on_its_keys_and_values() -
 def test_graphs_lanes_and_the_baseline_are_rows_of_one_run(tmp_path: Path) -> None:
     wide = tmp_path / "model"
     tiny_model("llama", dtype=torch.bfloat16, head_dim=64).model.save_pretrained(wide)
-    command = ["bench", "--model", str(wide), "--device", "cuda", "--state", "synthetic"]
+    command = ["bench", "--model", str(wide), "--state", "synthetic"]
     command += ["--context-length", "2k", "--batch-size", "4", "--share", "--rounds", "2"]
     command += ["--rank", "16", "--sparse-budget", "64", "--value-placement", "host"]
     command += ["--lanes", "2,1", "--graph", "on,off", "--one-at-a-time", "--eager-baseline"]

@@ -1,6 +1,4 @@
 // select_chunks: see shadowkv_cli/ops/select_chunks.py.
-#include <algorithm>
-
 #include "common/dispatch.h"
 #include "common/stream.h"
 #include "select_scores.cuh"
@@ -51,13 +49,12 @@ void launch_scores(SelectParams& p, int64_t rows, const Device& device) {
     score_chunks<Stored, D>
         <<<dim3(p.segments, p.heads, rows), SCORE_WARPS * 32, bytes, device.stream()>>>(p);
   } else {
-    const int64_t planes = rows * p.heads, warps = planes * p.segments;
-    const int64_t bytes = std::min<int64_t>(STREAM_SHARED, device.most_shared());
-    device.allow_shared(stream_scores<T, Stored, D>, bytes);
-    const int blocks = static_cast<int>(
-        std::min<int64_t>(device.processors(), ceil_div(warps, STREAM_WARPS)));
+    const int64_t planes = rows * p.heads;
+    constexpr size_t BYTES = STREAM_WARPS * Ring<Stored, D>::BYTES;
+    device.allow_shared(stream_scores<T, Stored, D>, BYTES);
+    const int blocks = ceil_div(planes * p.segments, STREAM_WARPS * UNITS_A_WARP);
     stream_scores<T, Stored, D>
-        <<<blocks, STREAM_WARPS * 32, bytes, device.stream()>>>(p, static_cast<int>(planes));
+        <<<blocks, STREAM_WARPS * 32, BYTES, device.stream()>>>(p, static_cast<int>(planes));
   }
   device.check_launch();
 }

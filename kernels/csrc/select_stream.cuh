@@ -11,11 +11,10 @@
 
 namespace shadowkv {
 
-constexpr int STREAM_WARPS = 4;
+constexpr int STREAM_WARPS = 2;
 constexpr int UNIT = 32;  // landmarks that a warp scores at a time
-/// One block a processor: the blocks of a kernel behind this one begin as those of this one end,
-/// and what comes after it finds room beside them.
-constexpr int STREAM_SHARED = 116 * 1024;
+/// Small blocks that end soon: what waits for another lane's, and goes first, finds room.
+constexpr int UNITS_A_WARP = 6;
 
 /// How units of landmarks [32, D] lie in a ring, and how a lane reads them for the products: of
 /// eight landmarks one, pieces of so many bytes, each beside those of its three neighbours.
@@ -29,7 +28,6 @@ struct Ring {
   static constexpr int PIECES = ROW / 4 / PIECE;
   static constexpr int DIMS = PIECE / sizeof(Stored);
   static constexpr int STEPS = DIMS / 4;  // products a piece: four dimensions a lane
-  static_assert(STREAM_WARPS * BYTES <= STREAM_SHARED);
 };
 
 /// Four elements as two registers of another type of the same size.

@@ -43,14 +43,6 @@ class Device {
     return count;
   }
 
-  /// Bytes of shared memory that a block may have.
-  int most_shared() const {
-    int bytes = 0;
-    check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index_),
-               op_);
-    return bytes;
-  }
-
   void check_launch() const { check_cuda(cudaGetLastError(), op_); }
 
   /// Let a kernel use that many bytes of dynamic shared memory (over 48 KiB only on request).
