@@ -32,7 +32,7 @@ class Case:
 
     Attributes:
         spec: the method, its resident layers resolved to a number.
-        asked: the same as it was asked for, where that differs.
+        asked: the same as it was asked for; None: as `spec`.
         hit_rate: that it is driven to; None: as it comes.
         lanes: parts of the batch whose fetches overlap.
         lanes_asked: whether that number was asked for; the label says it then.

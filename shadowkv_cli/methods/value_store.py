@@ -45,20 +45,22 @@ class ValueStore:
         self.scales: dict[int, dict[int, Tensor]] = {}
         on_host: list[Tensor] = []
         for layer, form in ((i, form) for i, wanted in enumerate(forms) for form in wanted):
+            chunk_size = form.fp8_chunk_size
             room = (prompts, heads, exact_tokens if form == EXACT else self.tokens, dim)
-            kept_in = FP8 if form.fp8_chunk_size else dtype
+            kept_in = FP8 if chunk_size else dtype
             if form.placement == "host":
                 space = host_memory(room, kept_in)
                 on_host.append(space)
             else:
                 space = torch.empty(room, dtype=kept_in, device=device)
             self.held.setdefault(form, {})[layer] = space
-            if form.fp8_chunk_size:
-                count = self.tokens // form.fp8_chunk_size
-                self.scales.setdefault(form.fp8_chunk_size, {})[layer] = torch.empty(
+            # Values of one chunk size have one set of scales, wherever they lie.
+            if chunk_size and layer not in self.scales.setdefault(chunk_size, {}):
+                count = self.tokens // chunk_size
+                self.scales[chunk_size][layer] = torch.empty(
                     prompts, heads, count, dtype=torch.float32, device=device
                 )
-        if device.type == "cuda":
+        if on_host and device.type == "cuda":
             pin(on_host, self)
 
     @property
@@ -77,7 +79,10 @@ class ValueStore:
                 sources[form.fp8_chunk_size] = _quantised(v, form.fp8_chunk_size, scales)
             source = sources[form.fp8_chunk_size]
             target = by_layer[layer][prompt_index, :, : source.shape[1]]
-            target.copy_(source, non_blocking=True)
+            if form.placement == "host":
+                _copy_by_head(target, source)
+            else:
+                target.copy_(source)
 
     def chunked(self, layer: int, chunk_size: int, form: ValueForm) -> tuple[Tensor, Tensor | None]:
         """The values as chunks [P, Hk, C, c, D], and of those in fp8 their scales [P, Hk, C]."""
@@ -86,6 +91,15 @@ class ValueStore:
             return chunks, None
         assert form.fp8_chunk_size == chunk_size, "scales of other chunks"
         return chunks, self.scales[chunk_size][layer]
+
+
+def _copy_by_head(to: Tensor, values: Tensor) -> None:
+    """Copy [Hk, S, D] into host memory without waiting: part of a row is contiguous by head only.
+
+    Whatever is not contiguous there goes through ordinary memory, for which the host waits.
+    """
+    for host, device in zip(to, values, strict=True):
+        host.copy_(device, non_blocking=True)
 
 
 def _quantised(v: Tensor, chunk_size: int, scales: Tensor) -> Tensor:
