@@ -63,7 +63,7 @@ class Answerer:
         self.backend = backend
         self.room = room
         self.tokenizer_mismatch = tokenizer_mismatch
-        self.backends_used: set[str] = set()
+        self.backends_used: dict[str, float | None] = {}  # and the TFLOP/s of their trials
         self._key: tuple[object, ...] = ()
         self._session: Session | None = None
 
@@ -102,7 +102,7 @@ class Answerer:
         Raises:
             ShadowKVError: full attention itself fails.
         """
-        from shadowkv_cli.model.session import MethodFailure
+        from shadowkv_cli.model.failures import MethodFailure
 
         ids = encode_prompt(self.tokenizer, sample.text)
         if len(ids) != sample.prompt_tokens and not self.tokenizer_mismatch:
@@ -182,7 +182,7 @@ class Answerer:
         limits = [sample.max_new_tokens] * len(batch)
         answers = session.generate(first, limits, self.loaded.eos_ids)
         decode_s = time.perf_counter() - prefilled
-        self.backends_used.add(session.backend)
+        self.backends_used[session.backend] = session.attention_tflops
         assert all(answer[0] == first_token for answer in answers)
         rows = []
         for spec in specs:

@@ -293,7 +293,7 @@ def evaluate_loaded(config: EvalConfig, kind: RunKind, ready: Ready, run: RunFol
     )
     tokens, missing = 0, 0
     run.record_environment(num_workers=config.num_workers)
-    recorded: set[str] = set()  # at once, so that a killed run has it too
+    recorded: dict[str, float | None] = {}  # at once, so that a killed run has it too
     with progress(f"{kind} {config.model.name}", len(work.samples)) as bar:
         bar.skip(finished)
         questions = [Question(s, work.missing[s.id], passes.get(s.id, 0)) for s in todo]
@@ -301,12 +301,21 @@ def evaluate_loaded(config: EvalConfig, kind: RunKind, ready: Ready, run: RunFol
             run.append("predictions", answered.rows)
             tokens += answered.generated_tokens
             missing += len({r["cell"] for r in answered.rows if r["error"] is not None})
-            if not answered.backends <= recorded:
+            if not answered.backends.keys() <= recorded.keys():
                 recorded |= answered.backends
-                run.record_environment(attention_backend=sorted(recorded))
+                run.record_environment(**_attention_facts(recorded))
             sample, rate = answered.question.sample, tokens / (time.monotonic() - started)
             bar.advance(detail=f"{sample.task} {sample.context_length}, {rate:.0f} tokens/s")
     return Outcome(config.output, missing, time.monotonic() - started)
+
+
+def _attention_facts(backends: Mapping[str, float | None]) -> dict[str, Any]:
+    """Which exact attention the rows came from, and what it reached in its trial on a GPU."""
+    speeds = {name: round(speed, 1) for name, speed in backends.items() if speed is not None}
+    return {
+        "attention_backend": sorted(backends),
+        **({"attention_tflops": speeds} if speeds else {}),
+    }
 
 
 def evaluate(config: EvalConfig) -> Outcome:

@@ -31,12 +31,16 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """What came of a question."""
+    """What came of a question.
+
+    Attributes:
+        backends: exact attention that this worker has used so far, and the TFLOP/s of its trial.
+    """
 
     question: Question
     rows: list[Row]
     generated_tokens: int
-    backends: frozenset[str]
+    backends: dict[str, float | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +85,7 @@ def _answer(question: Question) -> Answered:
 def ask(answerer: Answerer, question: Question) -> Answered:
     """Answer in this process."""
     rows, tokens = answerer.answer(question.sample, question.cells, question.first_pass)
-    return Answered(question, rows, tokens, frozenset(answerer.backends_used))
+    return Answered(question, rows, tokens, dict(answerer.backends_used))
 
 
 def answer_all(

@@ -17,8 +17,9 @@ from shadowkv_cli.bench.state import fill_prompts, fill_synthetic, random_prompt
 from shadowkv_cli.config import CacheBytes, MethodSpec, SparseSpec
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.methods.pinned import idle_bytes
+from shadowkv_cli.model.failures import MethodFailure
 from shadowkv_cli.model.loading import LoadedModel
-from shadowkv_cli.model.session import MethodFailure, Session
+from shadowkv_cli.model.session import Session
 from shadowkv_cli.run_config import BenchSettings
 from shadowkv_cli.shared_bytes import shared_cache_bytes
 
@@ -209,6 +210,7 @@ def _measure_set(
                 row |= {
                     "prefill_s": prefill_s if len(bench.sets[place]) == 1 else None,
                     "peak_memory_bytes": bench.peak_alone(place, peak.read()),
+                    "attention_backend": session.backend or None,
                 }
                 yield row
     except (MethodFailure, torch.OutOfMemoryError, MemoryError) as failure:
