@@ -11,10 +11,13 @@ from torch import Tensor
 
 from shadowkv_cli import ops
 from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec, StoredDtype, ValueForm
-from shadowkv_cli.methods.low_rank import factorise
+from shadowkv_cli.methods.low_rank import factorise, working_dtype
 from shadowkv_cli.methods.value_store import EXACT, ValueStore
 from shadowkv_cli.ops.fp8 import FP8, quantise
 from shadowkv_cli.ops.rotary import unrotate
+
+TILE_TOKENS = 8192
+"""Keys are rotated back so many at a time: in float32 and step by step, they take much memory."""
 
 
 @dataclass(frozen=True)
@@ -169,12 +172,21 @@ class PromptStore:
         self.landmarks[form][layer][here] = means
 
     def _add_low_rank(self, layer: int, prompt: Prompt, k: Tensor) -> None:
-        assert self.tables is not None, "rotary tables come before the first layer"
-        table = self.tables.index[prompt.index].long()
-        cos, sin = (half[table, : prompt.tokens] for half in self.tables.halves())
-        plain = unrotate(k, cos, sin, self.tables.interleaved)  # [Hk, S, D]
-        wide = plain.transpose(0, 1).flatten(1)  # [S, Hk*D]
-        coefficients, basis = factorise(wide, self.needs.rank)
+        coefficients, basis = factorise(self._plain_keys(prompt, k), self.needs.rank)
         self.coefficients[layer][prompt.index, : prompt.tokens] = coefficients
         heads, dim = self.shape.num_kv_heads, self.shape.head_dim
         self.basis[layer][prompt.index] = basis.view(-1, heads, dim).transpose(0, 1)
+
+    def _plain_keys(self, prompt: Prompt, k: Tensor) -> Tensor:
+        """The keys [Hk, S, D] without their rotation, all heads side by side: [S, Hk*D]."""
+        assert self.tables is not None, "rotary tables come before the first layer"
+        table = self.tables.index[prompt.index : prompt.index + 1].long()
+        cos, sin = (half[:, : prompt.tokens][table][0] for half in self.tables.halves())
+        heads, tokens, dim = k.shape
+        dtype = working_dtype(k.device, k.dtype)
+        plain = torch.empty(tokens, heads * dim, dtype=dtype, device=k.device)
+        by_head = plain.view(tokens, heads, dim).transpose(0, 1)
+        for start in range(0, tokens, TILE_TOKENS):
+            tile = slice(start, start + TILE_TOKENS)
+            by_head[:, tile] = unrotate(k[:, tile], cos[tile], sin[tile], self.tables.interleaved)
+        return plain

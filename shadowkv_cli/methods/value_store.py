@@ -77,7 +77,10 @@ class ValueStore:
                 sources[form.fp8_chunk_size] = _quantised(v, form.fp8_chunk_size, scales)
             source = sources[form.fp8_chunk_size]
             target = by_layer[layer][prompt_index, :, : source.shape[1]]
-            target.copy_(source, non_blocking=True)
+            # By head, the beginning of which is contiguous on the host: anything else goes through
+            # ordinary memory, and the host would wait for it.
+            for host, own in zip(target, source, strict=True):
+                host.copy_(own, non_blocking=True)
 
     def chunked(self, layer: int, chunk_size: int, form: ValueForm) -> tuple[Tensor, Tensor | None]:
         """The values as chunks [P, Hk, C, c, D], and of those in fp8 their scales [P, Hk, C]."""
