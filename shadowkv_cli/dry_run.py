@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from shadowkv_cli.answering import tokenizer_of
+from shadowkv_cli.answering import reader_of, tokenizer_of
 from shadowkv_cli.config import FullSpec, MethodSpec, ModelShape, ShadowKVSpec, SparseSpec
 from shadowkv_cli.console import format_bytes, format_duration, print_json
 from shadowkv_cli.errors import UsageError
@@ -88,7 +88,7 @@ def describe_evaluation(config: EvalConfig, kind: str = "eval") -> Plan:
     work = choose_samples(config, dataset)
     choice = config.model
     allowed = config.allow_tokenizer_mismatch
-    check_tokenizer(dataset, tokenizer_of(choice), choice.name, allowed=allowed)
+    check_tokenizer(dataset, tokenizer_of(reader_of(choice, dataset)), choice.name, allowed=allowed)
     facts, probe = _model(choice, config.specs, work.longest)
     old = [] if config.fresh or not config.output.exists() else read_run(config.output).predictions
     find_missing(work, config.specs, done_cells(old, include_failed=False))

@@ -215,12 +215,20 @@ def _average(records: list[ScoreRecord], context_length: int | None) -> ScoreRec
     )
 
 
+def is_unscored(row: Row) -> bool:
+    """Whether a row has times and memory alone: of a model whose weights were never trained."""
+    return all(row.get(name) is None for name in ("error", "prediction", "score"))
+
+
 def score_records(rows: Iterable[Row]) -> list[ScoreRecord]:
     """Scores of prediction rows: per cell, length and task, then the averages of each cell.
+
+    Rows that have none because the model has random weights are left out.
 
     Per length an `average` over its tasks; with several lengths one more over everything, whose
     `context_length` is None. Full attention comes first, then the cells as they appear.
     """
+    rows = [row for row in rows if not is_unscored(row)]
     groups = group_by(rows, lambda r: (r["context_length"], r["task"]))
     by_cell: dict[str, list[ScoreRecord]] = {}
     for key in sorted(groups, key=lambda k: k[0]):

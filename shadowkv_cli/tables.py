@@ -279,6 +279,12 @@ def frontier_table(
     return Table("Accuracy against throughput", columns, rows, [*own, *notes])
 
 
+def loud_first(notes: Sequence[str]) -> list[str]:
+    """A run's notes with that of random weights in front, as a warning."""
+    loud = [f"WARNING: {note}" for note in notes if "random weights" in note.lower()]
+    return [*loud, *(note for note in notes if f"WARNING: {note}" not in loud)]
+
+
 def tables(
     scores: Sequence[ScoreRecord],
     throughput: Sequence[ThroughputRecord] = (),
@@ -289,8 +295,7 @@ def tables(
     `notes` (the manifest's) stand under the first, random weights before anything else: nobody may
     take those scores for a result.
     """
-    loud = [f"WARNING: {note}" for note in notes if "random weights" in note.lower()]
-    notes = [*loud, *(note for note in notes if f"WARNING: {note}" not in loud)]
+    notes = loud_first(notes)
     shown: list[Table] = []
     if scores:
         shown.append(score_table(scores, notes))

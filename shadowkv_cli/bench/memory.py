@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from shadowkv_cli.config import MethodSpec, ModelShape
+from shadowkv_cli.model.loading import LoadedModel
+from shadowkv_cli.shared_bytes import shared_cache_bytes
 
 RESERVE = 0.1
 """Share of the memory that is left for activations, the allocator and everybody else."""
@@ -75,6 +81,49 @@ def free_device_bytes(device: torch.device, reserve: float = RESERVE) -> int:
     free, total = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(free + cached - reserve * total)
+
+
+WORKSPACE = 6
+"""What a prefill may take beside all that it must hold: so many tensors of the prompt's tokens by
+the model's width, in the model's precision."""
+
+
+@dataclass(frozen=True)
+class PrefillBytes:
+    """What a prefill may hold on the device, in bytes.
+
+    Attributes:
+        weights: of the model.
+        layer: keys and values of one layer.
+        caches: what the methods keep of the prompt, and have ready for answers.
+        workspace: the rest.
+    """
+
+    weights: int
+    layer: int
+    caches: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.layer + self.caches + self.workspace
+
+
+def prefill_bytes(
+    weights: int, shape: ModelShape, hidden_size: int, tokens: int, caches: int
+) -> PrefillBytes:
+    """What the prefill of one prompt may hold beside the caches of all."""
+    layer = shape.kv_bytes(tokens) // shape.num_layers
+    workspace = WORKSPACE * tokens * hidden_size * shape.element_bytes
+    return PrefillBytes(weights, layer, caches, workspace)
+
+
+def allowed_bytes(
+    loaded: LoadedModel, specs: Sequence[MethodSpec], tokens: int, new_tokens: int
+) -> PrefillBytes:
+    """The same for cells that share one prompt of a model that is loaded."""
+    caches = shared_cache_bytes(specs, loaded.shape, tokens, new_tokens).device
+    return prefill_bytes(loaded.weight_bytes, loaded.shape, loaded.hidden_size, tokens, caches)
 
 
 class PeakMemory:

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shadowkv_cli.console import notice
 from shadowkv_cli.errors import UsageError
+from shadowkv_cli.model.failures import is_out_of_memory
 
 _SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -145,7 +146,7 @@ _broken: dict[str, str] = {}
 
 def give_up(backend: str, error: Exception) -> bool:
     """Do without a package that failed from now on, and say so; False for anything else."""
-    if backend not in PACKAGES or isinstance(error, torch.OutOfMemoryError):
+    if backend not in PACKAGES or is_out_of_memory(error):
         return False
     _broken[backend] = _reason(error)
     _choices.clear()
@@ -199,13 +200,10 @@ class _Trial:
                 if backend in PACKAGES:
                     self._check(out, scale)
                 seconds = [self._seconds(attention, scale) for _ in range(RUNS)]
-        except torch.OutOfMemoryError:
-            if backend != "math":
-                raise
-            return 0.0
         # A package that compiles at run time may raise anything; torch's own refuse a shape so.
         except Exception as error:
-            if not give_up(backend, error) and not isinstance(error, RuntimeError):
+            full = is_out_of_memory(error) and backend != "math"
+            if full or not (give_up(backend, error) or isinstance(error, RuntimeError)):
                 raise
             return 0.0
         return self.flops / min(seconds) / 1e12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -27,9 +28,23 @@ class MethodFailure(ShadowKVError):
         self.out_of_memory = out_of_memory
 
 
-def reason_of(error: BaseException) -> str:
-    """An error in one line, its type first."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+NO_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED")
+"""What torch and the libraries under it say, if not by the type of an error."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no room, on the device or on the host."""
+    if isinstance(error, MethodFailure):
+        return error.out_of_memory
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one line, with its type if it is not ours."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ShadowKVError) else f"{type(error).__name__}: {text}"
 
 
 @contextmanager
@@ -38,8 +53,9 @@ def blaming(suspects: Sequence[MethodSpec]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        full = isinstance(error, torch.OutOfMemoryError)
-        raise MethodFailure(suspects, reason_of(error), out_of_memory=full) from error
+        raise MethodFailure(
+            suspects, one_line(error), out_of_memory=is_out_of_memory(error)
+        ) from error
 
 
 def specs_of(group: Group, rows: Iterable[int]) -> list[MethodSpec]:
