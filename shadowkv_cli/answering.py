@@ -230,7 +230,7 @@ class Answerer:
         assert all(answer[0] == first_token for answer in answers)
         memory: Row = {"peak_memory_bytes": peak.read() or None}
         if self.loaded.device.type == "cuda":
-            allowed = allowed_bytes(self.loaded, batch, len(ids), self.room)
+            allowed = allowed_bytes(self.loaded, len(ids), session.held_bytes)
             memory |= {"prefill_peak_bytes": prefill_bytes, "prefill_allowed_bytes": allowed.total}
         rows = []
         for spec in specs:

@@ -207,11 +207,13 @@ def throughput_table(records: Sequence[ThroughputRecord], notes: Sequence[str] =
             _bytes(r.host_bytes),
             _bytes(r.peak_memory_bytes),
             _percent(r.hit_rate),
+            _bytes(r.prefill_peak_bytes),
+            _bytes(r.prefill_allowed_bytes),
         ]
         for r in records
     ]
     columns = ["cell", "context", "batch", "tokens/s", "x full", "p50 ms", "p99 ms", "planned ms"]
-    columns += ["prefill s", "device", "host", "peak", "hits"]
+    columns += ["prefill s", "device", "host", "peak", "hits", "peak of prefill", "allowed"]
     covered = [r.tokens_per_s.confidence for r in records if r.tokens_per_s]
     own = []
     if any(r.failed for r in records):

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from shadowkv_cli.cells import build_specs
 from shadowkv_cli.config import FullSpec
-from shadowkv_cli.model import long_prompts
+from shadowkv_cli.methods import tiles as cutting
+from shadowkv_cli.methods.tiles import tiles
 from shadowkv_cli.model.fused import Fused, join_projections
 from shadowkv_cli.model.loading import LoadedModel, describe
-from shadowkv_cli.model.long_prompts import OutputProjection, rotating_in_place, tiled, tiles
+from shadowkv_cli.model.long_prompts import OutputProjection, rotating_in_place, tiled
 from shadowkv_cli.model.rotary import attention_modules
 from shadowkv_cli.model.session import Session
 from shadowkv_cli.testing import FAMILIES, tiny_model
@@ -26,8 +27,8 @@ SMALL = {"rank": "16", "sparse_budget": "64"}
 
 @pytest.fixture
 def short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(long_prompts, "SHORTEST_TILE", 16)
-    monkeypatch.setattr(long_prompts, "LONGEST_TILE", 24)
+    monkeypatch.setattr(cutting, "SHORTEST_TILE", 16)
+    monkeypatch.setattr(cutting, "LONGEST_TILE", 24)
 
 
 def prompt_of(tokens: int) -> list[int]:
@@ -44,14 +45,14 @@ def with_fused(family: str) -> LoadedModel:
     return loaded
 
 
-@pytest.mark.parametrize("tokens", [1, 1024, 1025, 8192, 50_001, 131_072, 524_289])
+@pytest.mark.parametrize("tokens", [1, 512, 513, 8192, 50_001, 131_072, 524_289])
 def test_tiles_cover_a_prompt_once(tokens: int) -> None:
     cut = list(tiles(tokens))
     assert cut[0].start == 0
     assert cut[-1].stop == tokens
     assert all(a.stop == b.start for a, b in itertools.pairwise(cut))
     assert all(t.stop - t.start <= 8192 for t in cut)
-    assert all(t.stop - t.start >= 1024 for t in cut[:-1])
+    assert all(t.stop - t.start >= 512 for t in cut[:-1])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -60,12 +61,12 @@ def test_tiles_change_no_answer(family: str, build, monkeypatch: pytest.MonkeyPa
     ids, specs = prompt_of(203), build_specs(METHODS, SMALL)
     found = []
     for longest in (8192, 24):
-        monkeypatch.setattr(long_prompts, "SHORTEST_TILE", min(longest, 1024))
-        monkeypatch.setattr(long_prompts, "LONGEST_TILE", longest)
+        monkeypatch.setattr(cutting, "SHORTEST_TILE", min(longest, 512))
+        monkeypatch.setattr(cutting, "LONGEST_TILE", longest)
         session = Session(build(family), specs, prompt_tokens=203, new_tokens=8)
         logits = session.prefill(ids, key="a")
         answers = session.generate(logits.argmax(-1).expand(5), [8] * 5, frozenset())
-        found.append((logits, answers, session.store.keys, session.store.values))
+        found.append((logits, answers, session.store.keys, [*session.store.values.values()]))
     (plain, answers, *caches), (cut, same_answers, *same_caches) = found
     assert torch.allclose(plain, cut, atol=1e-4)
     assert answers == same_answers
@@ -122,7 +123,7 @@ def test_rotation_writes_over_what_it_reads(short_tiles: None) -> None:
 
 @pytest.fixture
 def long_enough(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(long_prompts, "SHORTEST_TILE", 8)
+    monkeypatch.setattr(cutting, "SHORTEST_TILE", 8)
     with torch.inference_mode():
         yield
 

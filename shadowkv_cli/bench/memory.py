@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from shadowkv_cli.config import MethodSpec, ModelShape
+from shadowkv_cli.config import ModelShape
 from shadowkv_cli.model.loading import LoadedModel
-from shadowkv_cli.shared_bytes import shared_cache_bytes
 
 RESERVE = 0.1
 """Share of the memory that is left for activations, the allocator and everybody else."""
@@ -118,11 +116,8 @@ def prefill_bytes(
     return PrefillBytes(weights, layer, caches, workspace)
 
 
-def allowed_bytes(
-    loaded: LoadedModel, specs: Sequence[MethodSpec], tokens: int, new_tokens: int
-) -> PrefillBytes:
-    """The same for cells that share one prompt of a model that is loaded."""
-    caches = shared_cache_bytes(specs, loaded.shape, tokens, new_tokens).device
+def allowed_bytes(loaded: LoadedModel, tokens: int, caches: int) -> PrefillBytes:
+    """The same for a model that is loaded, beside caches that are there."""
     return prefill_bytes(loaded.weight_bytes, loaded.shape, loaded.hidden_size, tokens, caches)
 
 

@@ -11,13 +11,11 @@ from torch import Tensor
 
 from shadowkv_cli import ops
 from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec, StoredDtype, ValueForm
-from shadowkv_cli.methods.low_rank import factorise, working_dtype
+from shadowkv_cli.methods.low_rank import Method, factorise, working_dtype
+from shadowkv_cli.methods.tiles import tiles
 from shadowkv_cli.methods.value_store import EXACT, ValueStore
 from shadowkv_cli.ops.fp8 import FP8, quantise
 from shadowkv_cli.ops.rotary import unrotate
-
-TILE_TOKENS = 8192
-"""Keys are rotated back so many at a time: in float32 and step by step, they take much memory."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +142,8 @@ class PromptStore:
             size: empty(prompts, heads, tokens // size, dtype=torch.float32)
             for size in {size for size, *_ in needs.landmarks}
         }
+        self.low_rank_method: Method | None = None
+        """How low-rank keys are found; None: as their sizes ask for."""
         self.tables: RotaryTables | None = None
         """Set before the first prompt; a captured graph reads them where they are."""
 
@@ -172,7 +172,8 @@ class PromptStore:
         self.landmarks[form][layer][here] = means
 
     def _add_low_rank(self, layer: int, prompt: Prompt, k: Tensor) -> None:
-        coefficients, basis = factorise(self._plain_keys(prompt, k), self.needs.rank)
+        how = () if self.low_rank_method is None else (self.low_rank_method,)
+        coefficients, basis = factorise(self._plain_keys(prompt, k), self.needs.rank, *how)
         self.coefficients[layer][prompt.index, : prompt.tokens] = coefficients
         heads, dim = self.shape.num_kv_heads, self.shape.head_dim
         self.basis[layer][prompt.index] = basis.view(-1, heads, dim).transpose(0, 1)
@@ -186,7 +187,6 @@ class PromptStore:
         dtype = working_dtype(k.device, k.dtype)
         plain = torch.empty(tokens, heads * dim, dtype=dtype, device=k.device)
         by_head = plain.view(tokens, heads, dim).transpose(0, 1)
-        for start in range(0, tokens, TILE_TOKENS):
-            tile = slice(start, start + TILE_TOKENS)
+        for tile in tiles(tokens):  # in float32 and step by step, a key takes much memory
             by_head[:, tile] = unrotate(k[:, tile], cos[tile], sin[tile], self.tables.interleaved)
         return plain

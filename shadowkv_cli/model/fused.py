@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shadowkv_cli import ops
-from shadowkv_cli.model.long_prompts import is_long
+from shadowkv_cli.methods.tiles import is_long
 from shadowkv_cli.model.rotary import attention_modules
 
 Forward = Callable[..., Any]

@@ -2,34 +2,20 @@
 
 A layer of S tokens and width H then takes, beside its keys and values, at most five tensors of
 [S, H] at a time: the embeddings (which transformers holds to the end), the residual stream, its
-norm, the queries and what they attended to. The tiles of an MLP come to one more.
+norm, the queries and what they attended to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-SHORTEST_TILE, LONGEST_TILE = 1024, 8192
-TILES = 8
-"""A prompt is cut into so many tiles, unless they were longer or shorter than these."""
+from shadowkv_cli.methods.tiles import is_long, tiles
 
 Forward = Callable[[Tensor], Tensor]
-
-
-def is_long(tokens: int) -> bool:
-    """Whether a forward of so many tokens a row is done in tiles."""
-    return tokens > SHORTEST_TILE
-
-
-def tiles(tokens: int) -> Iterator[slice]:
-    """Cut a sequence into stretches of equal length, the last one shorter."""
-    size = min(max(tokens // TILES, SHORTEST_TILE), LONGEST_TILE)
-    for start in range(0, tokens, size):
-        yield slice(start, min(start + size, tokens))
 
 
 def tiled(forward: Forward) -> Forward:

@@ -11,13 +11,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from shadowkv_cli.errors import UsageError
+from shadowkv_cli.methods.tiles import is_long
 from shadowkv_cli.model.fused import Fused, replaced
-from shadowkv_cli.model.long_prompts import (
-    OutputProjection,
-    is_long,
-    rotating_in_place,
-    tiled,
-)
+from shadowkv_cli.model.long_prompts import OutputProjection, rotating_in_place, tiled
 from shadowkv_cli.model.rotary import attention_modules, rotary_module
 
 ROTATION = "apply_rotary_pos_emb"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -32,6 +33,13 @@ from shadowkv_cli.model.step_graph import StepGraph, Stepped
 Phase = Literal["prefill", "append", "decode"]
 
 
+def _allocated_bytes(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 0
+    gc.collect()  # so that nothing of an earlier session goes meanwhile
+    return torch.cuda.memory_allocated(device)
+
+
 class Session:
     """Rows of methods on prompts, with room for prompts of a length and answers of a length.
 
@@ -49,7 +57,6 @@ class Session:
         backend: str = "auto",
         merge_cells: bool = True,
         captures: bool = True,
-        beside: bool = True,
     ) -> None:
         """Make room.
 
@@ -61,9 +68,9 @@ class Session:
             backend: exact attention of the prefill.
             merge_cells: cells of one layout work as one group.
             captures: on a GPU, a step whose rows allow it is one CUDA graph.
-            beside: on a GPU, methods take in a layer of the prompt beside the next one.
         """
         self.loaded, self.fused = loaded, loaded.fused
+        before = _allocated_bytes(loaded.device)
         self.specs = list(specs)
         self.num_prompts = num_prompts
         self.new_tokens = new_tokens
@@ -79,12 +86,14 @@ class Session:
         )
         rows = [Row(spec, p) for p in range(num_prompts) for spec in specs]
         self.groups = build_groups(rows, self.store, new_tokens, merge_cells=merge_cells)
-        self._compression = Compression(self.store, self.groups, specs, beside=beside)
+        self.compress(beside=True)
         self._captures = captures
         self._graphs: dict[Batch, StepGraph | None] = {}  # None: this batch can't be captured
         # Graphs are captured for few sizes of a batch; a CPU has none, and would work for nothing.
         self._decode_all(self.groups, padded=loaded.device.type != "cpu")
         self.lengths = torch.zeros(num_prompts, dtype=torch.long, device=loaded.device)
+        self.held_bytes = _allocated_bytes(loaded.device) - before
+        """On a GPU: what the store and the groups take beside the model."""
         self.backend_asked, self.backend = backend, ""
         self.attention_tflops: float | None = None  # of the backend in its trial
         self.context_tokens = 0  # of the longest row, the token that is being run included
@@ -93,6 +102,10 @@ class Session:
         self.used = 0  # places behind the prompts, of the row that has most
         self._prompt: Prompt | None = None  # the one that is being prefilled
         self._tables: dict[tuple[float, ...], int] = {}
+
+    def compress(self, *, beside: bool) -> None:
+        """Let methods take in a layer beside the model, on a GPU, or between its layers."""
+        self._compression = Compression(self.store, self.groups, self.specs, beside=beside)
 
     def focus(self, spec: MethodSpec, lanes: int = 1, captures: bool | None = None) -> None:
         """Decode one cell alone from now on, unpadded; needs a session that merges no cells.
