@@ -14,6 +14,7 @@ from shadowkv_cli.evaluate import (
     check_vocabulary,
     data_notes,
     environment_of,
+    low_rank_facts,
     model_notes,
 )
 from shadowkv_cli.results import MANIFEST, RunFolder, check_place, read_run
@@ -147,7 +148,7 @@ def benchmark(config: BenchConfig) -> tuple[Path, int]:
             "batch_rules": list(config.settings.batch_rules),
             "rounds": config.settings.rounds,
         },
-        environment=environment_of(loaded),
+        environment=environment_of(loaded) | low_rank_facts(loaded, config.specs),
         command=config.command,
         notes=notes,
         flags=flags,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from shadowkv_cli.answering import reader_of, tokenizer_of
 from shadowkv_cli.catalogue.models import MODELS
-from shadowkv_cli.config import MethodSpec
+from shadowkv_cli.config import MethodSpec, ShadowKVSpec
 from shadowkv_cli.console import notice, progress
 from shadowkv_cli.environment import capture
 from shadowkv_cli.errors import UsageError, unknown_name
@@ -172,6 +172,16 @@ def environment_of(loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
+def low_rank_facts(loaded: LoadedModel, specs: Sequence[MethodSpec]) -> dict[str, Any]:
+    """How low-rank keys are found, where any are wanted."""
+    from shadowkv_cli.methods.low_rank import method_for
+
+    ranks = [spec.rank for spec in specs if isinstance(spec, ShadowKVSpec)]
+    if not ranks:
+        return {}
+    return {"low_rank": method_for(loaded.shape.key_width, max(ranks))}
+
+
 def data_notes(dataset: Dataset, loaded: LoadedModel) -> tuple[list[str], dict[str, bool]]:
     """The same for results on these data."""
     notes, flags = model_notes(loaded)
@@ -278,7 +288,7 @@ def open_run(config: EvalConfig, kind: RunKind, ready: Ready) -> RunFolder:
             "context_lengths": list(config.context_lengths or dataset.context_lengths),
             "num_samples": config.num_samples,
         },
-        environment=environment_of(loaded),
+        environment=environment_of(loaded) | low_rank_facts(loaded, config.specs),
         command=config.command,
         notes=notes,
         flags=flags,

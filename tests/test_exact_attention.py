@@ -129,7 +129,7 @@ def test_what_is_installed_but_broken_is_left_out_with_one_notice(
 ) -> None:
     package(tmp_path, "flash_attn", fault)
     monkeypatch.syspath_prepend(tmp_path)
-    for tokens in (33, 34, 35):
+    for tokens in (33, 47, 48, 100):
         assert choose("auto", GPU, torch.float32, HEADS, tokens).backend == "cudnn"
     said = capsys.readouterr().err
     assert said.count("\n") == 1, said
@@ -159,6 +159,18 @@ def test_what_is_not_made_for_the_shape_is_replaced_too(
     assert capsys.readouterr().err == "The attention backend cudnn is replaced by flash: too old.\n"
     assert chosen().backend == "flash"
     assert not capsys.readouterr().err
+
+
+def test_lengths_that_are_close_share_a_trial(on_gpu: dict[str, float], monkeypatch) -> None:
+    made, trial = [], exact_attention._Trial.__init__
+    monkeypatch.setattr(
+        exact_attention._Trial,
+        "__init__",
+        lambda self, *arguments: made.append(arguments[-1]) or trial(self, *arguments),
+    )
+    for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 15, 16, 23, 24, 31):
+        choose("auto", GPU, torch.float32, HEADS, tokens)
+    assert made == [1, 2, 3, 4, 6, 8, 12, 16, 24]
 
 
 def test_no_memory_for_a_trial_is_no_fault_of_a_backend(
@@ -207,6 +219,30 @@ def test_a_trial_of_a_long_prompt_leaves_out_heads(monkeypatch: pytest.MonkeyPat
     assert trial.k.shape == trial.v.shape == (1, 2, 64, 16)
     assert trial.flops == 2 * 64**2 * 8 * 16
     assert exact_attention._Trial(CPU, torch.float32, (32, 8, 16), 640).k.shape[1] == 1
+
+
+@pytest.mark.parametrize("heads", [(8, 4), (6, 6), (9, 3), (4, 1)])
+def test_heads_of_a_very_long_prompt_are_attended_in_parts(
+    heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 50, n, 16, generator=generator) for n in (heads[0], *heads[1:] * 2))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    whole = attend("math", q, k, v, 0.25)
+    seen, attention = [], exact_attention._attention("math")
+    monkeypatch.setattr(
+        exact_attention,
+        "_attention",
+        lambda _: lambda q, *rest: seen.append(q.shape[1]) or attention(q, *rest),
+    )
+    monkeypatch.setattr(exact_attention, "MOST_ELEMENTS", q.numel() - 1)
+    monkeypatch.setattr(exact_attention, "PART_ELEMENTS", q.numel() // 2)
+    parts = attend("math", q, k, v, 0.25)
+    assert torch.allclose(parts, whole, atol=1e-6)
+    assert sum(seen) == heads[0]
+    assert len(seen) == (1 if heads[1] == 1 else -(-heads[1] // (heads[1] // 2)))
+    if heads[1] > 1:
+        assert parts.transpose(1, 2).is_contiguous()
 
 
 # ---- on a GPU ----

@@ -38,6 +38,9 @@ IN_TURN: Sequence[Sequence[str]] = (
 TRIAL_FLOPS = 2e13
 """A trial leaves out heads until it is no longer than this: 40 ms on an H100."""
 
+MOST_ELEMENTS, PART_ELEMENTS = 2**30, 2**29
+"""Queries of more elements are attended in parts of so many."""
+
 RUNS = 3
 AGREES = 0.05
 """Outputs are averages of standard normal values, in two-byte precision; a fault is far larger."""
@@ -234,7 +237,7 @@ def choose(
     heads: tuple[int, int, int],
     tokens: int,
 ) -> Choice:
-    """Resolve `auto` for a shape: on a GPU the fastest in one trial, on a CPU torch's flash.
+    """Resolve `auto` for a shape: on a GPU the fastest in a trial, on a CPU torch's flash.
 
     A backend that was asked for and does not work is replaced by the fastest that does, and a
     notice says so.
@@ -249,7 +252,9 @@ def choose(
         torch.OutOfMemoryError: there is no memory for a trial.
     """
     check_installed(backend, device)
-    key = (backend, device, dtype, heads, tokens)
+    # One trial for lengths from 2^n to 3 * 2^(n-1), one from there to 2^(n+1).
+    about = (tokens.bit_length(), tokens >> max(0, tokens.bit_length() - 2))
+    key = (backend, device, dtype, heads, about)
     if key not in _choices:
         if device.type == "cpu":
             return Choice("flash" if backend == "auto" else backend)
@@ -304,5 +309,19 @@ def broken() -> dict[str, str]:
 
 
 def attend(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of a whole prompt: q [1, Hq, S, D], k and v [1, Hk, S, D]."""
-    return _attention(backend)(q, k, v, scale)
+    """Causal attention of a whole prompt: q [1, Hq, S, D], k and v [1, Hk, S, D].
+
+    Some heads after the others where all would be more elements than kernels can be trusted to
+    count: an 8B model's queries of 524,288 tokens are 2^31.
+    """
+    attention, kv_heads = _attention(backend), k.shape[1]
+    if q.numel() <= MOST_ELEMENTS or kv_heads == 1:
+        return attention(q, k, v, scale)
+    out = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)  # laid out by token
+    most = max(1, kv_heads * PART_ELEMENTS // q.numel())
+    group = q.shape[1] // kv_heads
+    for first in range(0, kv_heads, most):
+        own = slice(first, first + most)
+        queries = slice(first * group, min(first + most, kv_heads) * group)
+        out[:, queries] = attention(q[:, queries], k[:, own], v[:, own], scale)
+    return out
