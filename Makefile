@@ -11,6 +11,7 @@ STAMP := $(VENV)/.installed
 DEMO_DATA := datasets/demo
 DEMO_RUN := results/demo
 GPU_RUN ?= results/gpu-decode
+PREFILL_RUN ?= results/gpu-prefill
 # The committed results/smollm2-reference has 50 samples; its manifest holds its command.
 SMOLLM2_SAMPLES ?= 15
 SMOLLM2_STEPS ?= 3
@@ -35,7 +36,7 @@ export PYTHONSAFEPATH := 1
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-smollm2 train-demo test test-smollm2 test-gpu sanitize-gpu lint format typecheck bench-data \
 	bench-ops bench-gpu bench-fp8 bench-lengths bench-levers \
-	bench-levers-bytes kernels wheel clean
+	bench-levers-bytes bench-prefill kernels wheel clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -152,6 +153,9 @@ bench-levers-bytes: kernels ## And what 8 bits and resident layers give, after b
 	$(LEVERS) --value-buffer 4 --key-buffer 4 --lanes 2 --value-dtype model,fp8 --landmark-dtype model,fp8
 	$(LEVERS) --value-buffer 4 --key-buffer 4 --lanes 2 --resident-layers 0,8
 	$(BIN)/python -m shadowkv_cli.bench.levers $(GPU_RUN)-levers
+
+bench-prefill: kernels ## Prefills on a GPU by length and backend, beside the targets: some 12 minutes
+	$(BIN)/python -m shadowkv_cli.bench.prefill_speed --output $(PREFILL_RUN)
 
 kernels: setup ## Compile the CUDA kernels; no GPU is needed, and nvcc only if there is one
 	@{ command -v nvcc && command -v cmake; } >/dev/null || \

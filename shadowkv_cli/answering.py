@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from shadowkv_cli.catalogue.shapes import PREFIX
 from shadowkv_cli.config import FullSpec, MethodSpec, SparseSpec
+from shadowkv_cli.console import notice
+from shadowkv_cli.encoding import PromptEncoder
 from shadowkv_cli.errors import ShadowKVError
 from shadowkv_cli.run_config import ModelChoice
 from shadowkv_cli.tasks.metrics import score
-from shadowkv_cli.tasks.rows import Sample, SecondCall
-from shadowkv_cli.tasks.tokenization import encode_prompt, load_tokenizer
+from shadowkv_cli.tasks.rows import Dataset, Sample, SecondCall
+from shadowkv_cli.tasks.tokenization import load_tokenizer
 
 if TYPE_CHECKING:
     from shadowkv_cli.model.loading import LoadedModel
@@ -33,6 +38,14 @@ def tokenizer_of(choice: ModelChoice) -> Any:
     )
 
 
+def reader_of(choice: ModelChoice, dataset: Dataset) -> ModelChoice:
+    """Whose tokenizer reads the data: the model's own, for a shape the one that fitted them."""
+    if not choice.name.startswith(PREFIX):
+        return choice
+    made_with = dataset.manifest["tokenizer"]
+    return replace(choice, name=made_with["name"], revision=made_with.get("revision"))
+
+
 def until(text: str, stop: str) -> str:
     """A text up to a string at which it ends; those at its very start do not end it."""
     begin = 0
@@ -47,6 +60,7 @@ class Answerer:
 
     Attributes:
         room: tokens that any answer may take, so that tasks of one length share a session.
+        scores: whether answers mean anything; without, times and memory are all that rows have.
     """
 
     def __init__(
@@ -59,11 +73,12 @@ class Answerer:
         tokenizer_mismatch: bool = False,
     ) -> None:
         self.loaded = loaded
-        self.tokenizer = tokenizer
+        self.encoder = PromptEncoder(tokenizer)
+        self.scores = not loaded.random_weights
         self.backend = backend
         self.room = room
         self.tokenizer_mismatch = tokenizer_mismatch
-        self.backends_used: set[str] = set()
+        self.backends_used: dict[str, float | None] = {}  # and the TFLOP/s of their trials
         self._key: tuple[object, ...] = ()
         self._session: Session | None = None
 
@@ -90,7 +105,8 @@ class Answerer:
 
         A cell that fails gets a row with its error, and the sample runs again without it. Where it
         is not clear which of several cells failed, each runs in a pass of its own beside full
-        attention, if that was asked for.
+        attention, if that was asked for. Where memory does not suffice, full attention and the
+        others run one after the other; what does not fit then either gets rows that say so.
 
         Args:
             first_pass: number of the first prefill.
@@ -102,49 +118,73 @@ class Answerer:
         Raises:
             ShadowKVError: full attention itself fails.
         """
-        from shadowkv_cli.model.session import MethodFailure
+        from shadowkv_cli.model.failures import MethodFailure, is_out_of_memory, one_line
 
-        ids = encode_prompt(self.tokenizer, sample.text)
+        ids = self.encoder.ids(sample.text)
         if len(ids) != sample.prompt_tokens and not self.tokenizer_mismatch:
             raise ShadowKVError(
                 f"{sample.id} has {len(ids)} tokens but its row says {sample.prompt_tokens}: "
                 "build the data again with this version of the tokenizer."
             )
-        waiting, rows, number = [list(specs)], [], first_pass
+        waiting, rows, number, told = [list(specs)], [], first_pass, False
         while waiting:
             batch = waiting.pop(0)
+            suspects: list[MethodSpec] = []
             try:
                 rows += self._one_pass(sample, ids, batch, number)
                 number += 1
-            except MethodFailure as failure:
-                suspects = failure.suspects
-                if FULL in suspects:
-                    raise ShadowKVError(
-                        f"Full attention failed on {sample.id}: {failure}"
-                    ) from None
-                others = [spec for spec in batch if spec not in suspects]
-                pair = [FULL] if FULL in batch else []
-                if len(suspects) == 1:
-                    rows.append(self._failed_row(sample, suspects[0], number, str(failure)))
+                continue
+            except (MethodFailure, MemoryError, RuntimeError) as error:
+                reason = one_line(error)
+                if not is_out_of_memory(error):
+                    if not isinstance(error, MethodFailure):
+                        raise
+                    suspects = error.suspects
+            # Only here, when the error has gone, can its tensors go.
+            others = [spec for spec in batch if spec not in (suspects or [FULL])]
+            if not suspects:
+                self._let_go()
+                if not told:
+                    notice(f"Out of memory on {sample.id}: what does not fit is recorded.")
+                told = True
+                if FULL in batch and others:
+                    waiting[:0] = [[FULL], others]
                 else:
-                    waiting += [[*pair, suspect] for suspect in suspects]
-                if others and others != pair:
-                    waiting.insert(0, others)
+                    rows += [self._failed_row(sample, spec, number, reason) for spec in batch]
+                continue
+            if FULL in suspects:
+                raise ShadowKVError(f"Full attention failed on {sample.id}: {reason}")
+            pair = [FULL] if FULL in batch else []
+            if len(suspects) == 1:
+                rows.append(self._failed_row(sample, suspects[0], number, reason))
+            else:
+                waiting += [[*pair, suspect] for suspect in suspects]
+            if others and others != pair:
+                waiting.insert(0, others)
         return rows, sum(row["generated_tokens"] or 0 for row in rows)
+
+    def _let_go(self) -> None:
+        """Give back all memory beside the model's."""
+        import torch
+
+        self._session, self._key = None, ()
+        gc.collect()  # a session and its graphs know each other
+        if self.loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _one_pass(
         self, sample: Sample, ids: list[int], specs: Sequence[MethodSpec], number: int
     ) -> list[Row]:
         """One prefill for all specs, and for each a second of its own where the sample has one."""
         rows = self._side_by_side(sample, ids, specs, number)
-        if sample.second is None:
+        if sample.second is None or not self.scores:
             return rows
         pairs = zip(rows, specs, strict=True)
         return [self._second_call(sample, sample.second, row, spec) for row, spec in pairs]
 
     def _second_call(self, sample: Sample, second: SecondCall, row: Row, spec: MethodSpec) -> Row:
         """Ask behind a cell's own first answer, and score that; the audit stays the first's."""
-        ids = encode_prompt(self.tokenizer, second.text(row["prediction"]))
+        ids = self.encoder.ids(second.text(row["prediction"]))
         dense = isinstance(spec, SparseSpec) and spec.is_dense(len(ids))
         batch = [FULL if dense else spec]
         session = self._session_for(batch, -(-len(ids) // SECOND_STEP) * SECOND_STEP)
@@ -169,21 +209,29 @@ class Answerer:
         self, sample: Sample, ids: list[int], specs: Sequence[MethodSpec], number: int
     ) -> list[Row]:
         """Prefill once and decode all specs; those that are dense here share one row."""
+        from shadowkv_cli.bench.memory import PeakMemory, allowed_bytes
+
         active = [spec for spec in specs if not spec.is_dense(len(ids))]
         batch = active if len(active) == len(specs) else [FULL, *active]
         session = self._session_for(batch, max(sample.context_length, len(ids)))
         session.choose_backend()
+        peak = PeakMemory(self.loaded.device)
+        peak.restart()
         started = time.perf_counter()
         logits = session.prefill(ids, key=sample.id)
         bucket = session.batch.bucket  # before rows that have ended are left out
         first = logits.argmax(-1).expand(len(batch))
         first_token = int(first[0])  # waits for the device
-        prefilled = time.perf_counter()
+        prefilled, prefill_bytes = time.perf_counter(), peak.read()
         limits = [sample.max_new_tokens] * len(batch)
         answers = session.generate(first, limits, self.loaded.eos_ids)
         decode_s = time.perf_counter() - prefilled
-        self.backends_used.add(session.backend)
+        self.backends_used[session.backend] = session.attention_tflops
         assert all(answer[0] == first_token for answer in answers)
+        memory: Row = {"peak_memory_bytes": peak.read() or None}
+        if self.loaded.device.type == "cuda":
+            allowed = allowed_bytes(self.loaded, len(ids), session.held_bytes)
+            memory |= {"prefill_peak_bytes": prefill_bytes, "prefill_allowed_bytes": allowed.total}
         rows = []
         for spec in specs:
             place = batch.index(FULL if spec.is_dense(len(ids)) else spec)
@@ -196,6 +244,7 @@ class Answerer:
                 "attention_backend": session.backend,
                 "prefill_s": round(prefilled - started, 6),
                 "decode_s": round(decode_s, 6),
+                **memory,
             }
             row = self._row(sample, spec, number, len(ids))
             rows.append(row | self._scored(sample, answers[place]) | measured)
@@ -231,17 +280,15 @@ class Answerer:
         }
 
     def _scored(self, sample: Sample, answer: list[int]) -> Row:
-        """Text and score of an answer's tokens."""
+        """Text and score of an answer's tokens; neither, where they mean nothing."""
         ended = answer[-1] in self.loaded.eos_ids
-        text = self.tokenizer.decode(answer[:-1] if ended else answer, skip_special_tokens=True)
+        counted = {"generated_tokens": len(answer), "finish": "eos" if ended else "length"}
+        if not self.scores:
+            return {"prediction": None, "score": None} | counted
+        text = self.encoder.decode(answer[:-1] if ended else answer)
         for stop in sample.stop or []:
             text = until(text, stop)
-        return {
-            "prediction": text,
-            "score": score(text, sample),
-            "generated_tokens": len(answer),
-            "finish": "eos" if ended else "length",
-        }
+        return {"prediction": text, "score": score(text, sample)} | counted
 
     def _failed_row(self, sample: Sample, spec: MethodSpec, number: int, reason: str) -> Row:
         nothing = ("prediction", "score", "generated_tokens", "finish", "audit", "hit_rate")

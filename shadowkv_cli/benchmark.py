@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shadowkv_cli.answering import tokenizer_of
+from shadowkv_cli.answering import reader_of, tokenizer_of
 from shadowkv_cli.console import notice, progress
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.evaluate import (
     check_tokenizer,
+    check_vocabulary,
     data_notes,
     environment_of,
+    low_rank_facts,
     model_notes,
 )
 from shadowkv_cli.results import MANIFEST, RunFolder, check_place, read_run
@@ -26,18 +28,22 @@ if TYPE_CHECKING:
 
 
 def prompt_source(
-    dataset: Dataset, choice: ModelChoice, context_lengths: Sequence[int]
+    dataset: Dataset, choice: ModelChoice, context_lengths: Sequence[int], vocab_size: int
 ) -> Callable[[int, int], list[list[int]]]:
     """Make the prompts of a benchmark, (context length, count) -> ids, the tasks taking turns.
 
     Raises:
-        UsageError: the data were fitted with another tokenizer, or lack a length; and when called,
-            where they hold fewer prompts than are asked for.
+        UsageError: the data were fitted with another tokenizer, or with one of more tokens than the
+            model has, or lack a length; and when called, where they hold fewer prompts than are
+            asked for.
     """
     from shadowkv_cli.tasks.tokenization import encode_prompt
 
-    tokenizer = tokenizer_of(choice)
+    reader = reader_of(choice, dataset)
+    tokenizer = tokenizer_of(reader)
     check_tokenizer(dataset, tokenizer, choice.name)
+    if reader != choice:
+        check_vocabulary(choice.name, vocab_size, reader.name, tokenizer)
     for length in context_lengths:
         if length not in dataset.context_lengths:
             held = ", ".join(map(str, dataset.context_lengths))
@@ -128,7 +134,8 @@ def benchmark(config: BenchConfig) -> tuple[Path, int]:
     if config.settings.state == "prompts":
         assert config.data is not None
         dataset = Dataset.open(config.data)
-        prompts = prompt_source(dataset, config.model, config.settings.context_lengths)
+        lengths = config.settings.context_lengths
+        prompts = prompt_source(dataset, config.model, lengths, loaded.vocab_size)
         identity["data_fingerprint"] = dataset.fingerprint()
         notes, flags = data_notes(dataset, loaded)
     with RunFolder.open(
@@ -141,7 +148,7 @@ def benchmark(config: BenchConfig) -> tuple[Path, int]:
             "batch_rules": list(config.settings.batch_rules),
             "rounds": config.settings.rounds,
         },
-        environment=environment_of(loaded),
+        environment=environment_of(loaded) | low_rank_facts(loaded, config.specs),
         command=config.command,
         notes=notes,
         flags=flags,

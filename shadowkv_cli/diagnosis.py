@@ -59,7 +59,8 @@ def run_checks(*, probe: bool, offline: bool) -> list[Check]:
         checks += [Check(name, "note", "unknown without torch") for name in ("GPU", "kernels")]
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        checks += [_gpu(), _attention_backends(device), _probe(device, probe), _kernels()]
+        probed = _probe(device, probe)  # first: it tries the attention backends
+        checks += [_gpu(), _attention_backends(device), probed, _kernels()]
     return [*checks, _memory(), _disk(), _cache_folder(), _hub(offline), _punkt()]
 
 
@@ -207,9 +208,23 @@ def _gpu() -> Check:
 
 
 def _attention_backends(device: torch.device) -> Check:
-    from shadowkv_cli.model.exact_attention import installed
+    """What is installed for the prefill; how fast each is, once it was probed."""
+    from shadowkv_cli.bench import probes
+    from shadowkv_cli.model.exact_attention import broken, installed
 
-    return Check("attention", "ok", f"{', '.join(installed(device))} on {device.type}")
+    names, failed = installed(device), broken()
+    probe = probes.stored(probes.device_name(device))
+    speeds = probe.attention_tflops if probe is not None else {}
+    shown = [f"{n} {speeds[n]:.3g} TFLOP/s" if n in speeds else n for n in names if n not in failed]
+    found = f"{', '.join(shown)} on {device.type}"
+    if speeds:
+        found += f"; auto takes {max(speeds, key=lambda name: speeds[name])}"
+    values = {"backends": names, "tflops": speeds, "broken": failed}
+    if failed:
+        why = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        advice = "install it again for this torch and CUDA, or do without: the others work"
+        return Check("attention", "note", f"{found}. Does not work: {why}", advice, values)
+    return Check("attention", "ok", found, values=values)
 
 
 def _probe(device: torch.device, measure: bool) -> Check:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from shadowkv_cli.answering import tokenizer_of
+from shadowkv_cli.answering import reader_of, tokenizer_of
 from shadowkv_cli.config import FullSpec, MethodSpec, ModelShape, ShadowKVSpec, SparseSpec
 from shadowkv_cli.console import format_bytes, format_duration, print_json
 from shadowkv_cli.errors import UsageError
@@ -17,6 +17,7 @@ from shadowkv_cli.shared_bytes import shared_cache_bytes
 from shadowkv_cli.tasks.rows import Dataset
 
 if TYPE_CHECKING:
+    from shadowkv_cli.bench.memory import PrefillBytes
     from shadowkv_cli.bench.probes import Probe
     from shadowkv_cli.model.facts import ModelFacts
 
@@ -82,27 +83,41 @@ def describe_evaluation(config: EvalConfig, kind: str = "eval") -> Plan:
 
     Raises the UsageErrors that the run would raise before its first prefill.
     """
-    from shadowkv_cli.bench.estimate import decode_seconds, prefill_seconds
+    from shadowkv_cli.bench import estimate
+    from shadowkv_cli.bench.memory import prefill_bytes
 
     dataset = Dataset.open(config.data)
     work = choose_samples(config, dataset)
     choice = config.model
     allowed = config.allow_tokenizer_mismatch
-    check_tokenizer(dataset, tokenizer_of(choice), choice.name, allowed=allowed)
+    check_tokenizer(dataset, tokenizer_of(reader_of(choice, dataset)), choice.name, allowed=allowed)
     facts, probe = _model(choice, config.specs, work.longest)
     old = [] if config.fresh or not config.output.exists() else read_run(config.output).predictions
     find_missing(work, config.specs, done_cells(old, include_failed=False))
-    seconds, generated = 0.0, 0
+    prefill_s, decode_s, generated = 0.0, 0.0, 0
     for sample in work.todo:
-        cells = work.missing[sample.id]
-        read = sum(step_bytes(spec, facts.shape, sample.prompt_tokens) for spec in cells)
-        seconds += prefill_seconds(facts, probe, sample.prompt_tokens)
-        seconds += decode_seconds(facts, probe, read, sample.max_new_tokens)
+        cells, tokens = work.missing[sample.id], sample.prompt_tokens
+        prefill_s += estimate.prefill_seconds(facts, probe, tokens, cells, choice.backend)
+        steps = sample.max_new_tokens - 1  # the first token is the prefill's
+        if probe.h2d_gb_s is not None:
+            decode_s += estimate.captured_seconds(
+                facts, probe, cells, tokens, steps, hit_rate=ASSUMED_HITS
+            )
+        else:
+            read = sum(step_bytes(spec, facts.shape, tokens) for spec in cells)
+            decode_s += estimate.decode_seconds(facts, probe, read, steps)
         generated += len(cells) * sample.max_new_tokens
+    if probe.h2d_gb_s is not None:
+        decode_s += estimate.GRAPH_S * len({sample.context_length for sample in work.todo})
+    seconds = prefill_s + decode_s
     rows = sum(map(len, work.missing.values()))
     longest = max(sample.prompt_tokens for sample in work.samples)
     shared = shared_cache_bytes(config.specs, facts.shape, longest, work.room)
     held = shared.device + shared.host
+    needed = prefill_bytes(
+        facts.weight_bytes, facts.shape, facts.hidden_size, longest, shared.device
+    )
+    on_gpu = probe.h2d_gb_s is not None
     prompt_tokens = sum(sample.prompt_tokens for sample in work.todo)
     plan = Plan(
         {
@@ -117,7 +132,12 @@ def describe_evaluation(config: EvalConfig, kind: str = "eval") -> Plan:
             "rows": rows,
             "weight_bytes": facts.weight_bytes,
             "cache_bytes": held,
+            "host_cache_bytes": shared.host,
+            "workspace_bytes": needed.layer + needed.workspace,
+            "device_bytes": needed.total,
             "output_bytes": rows * ROW_BYTES,
+            "estimated_prefill_seconds": prefill_s,
+            "estimated_decode_seconds": decode_s,
             "estimated_seconds": seconds,
         }
     )
@@ -127,11 +147,23 @@ def describe_evaluation(config: EvalConfig, kind: str = "eval") -> Plan:
         f"  {len(work.todo)} prefills of {prompt_tokens:,} tokens in all "
         f"({len(work.samples) - len(work.todo)} of {len(work.samples)} samples are done), then at "
         f"most {generated:,} generated tokens in {len(config.specs)} cells",
-        f"  memory: {format_bytes(facts.weight_bytes)} of weights, {format_bytes(held)} of caches; "
+        f"  memory: {format_bytes(facts.weight_bytes)} of weights, {format_bytes(held)} of caches"
+        f"{_at_most(needed, shared.host) if on_gpu else ''}; "
         f"disk: about {format_bytes(rows * ROW_BYTES)}",
-        f"  time: about {format_duration(seconds)}, estimated from the probe of this device",
+        f"  time: about {format_duration(seconds)} ({format_duration(prefill_s)} of prefills, "
+        f"{format_duration(decode_s)} of decoding to the longest answers), estimated from the "
+        "probe of this device",
     ]
     return plan
+
+
+def _at_most(needed: PrefillBytes, host: int) -> str:
+    """What a prefill on a GPU takes in all."""
+    pinned = f", {format_bytes(host)} of them in pinned host memory" if host else ""
+    return (
+        f"{pinned}, up to {format_bytes(needed.layer + needed.workspace)} for a prefill; at most "
+        f"{format_bytes(needed.total)} on the GPU"
+    )
 
 
 def _budget(spec: MethodSpec, prompt_tokens: int) -> str:
@@ -162,7 +194,8 @@ def _describe_throughput(
             if settings.state != "synthetic":
                 num_prefills += prefills
                 num_tokens += prefills * tokens
-                seconds += prefills * prefill_seconds(facts, probe, tokens)
+                backend = settings.backend
+                seconds += prefills * prefill_seconds(facts, probe, tokens, specs, backend)
             sizes = dict.fromkeys([*specs, FullSpec()], batch)
             for case in cases_at(length, rule, specs, settings, sizes):
                 read = batch * step_bytes(case.spec, facts.shape, tokens)

@@ -24,6 +24,8 @@ PACKAGES = (
     "statsmodels",
     "wonderwords",
     "flash-attn",
+    "flash-attn-4",
+    "nvidia-cutlass-dsl",
     "nltk",
 )
 """Packages whose version may change a result; those that are not installed are left out."""

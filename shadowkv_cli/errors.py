@@ -23,6 +23,10 @@ class UsageError(ShadowKVError, ValueError):
     exit_code = EXIT_USAGE
 
 
+class OutOfHostMemory(ShadowKVError, MemoryError):
+    """The host has no room for what a run holds there."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str], where: str = "") -> UsageError:
     """Build the error for a name not in a registry: what was likely meant, then all that exist.
 

@@ -8,21 +8,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shadowkv_cli.answering import tokenizer_of
+from shadowkv_cli.answering import reader_of, tokenizer_of
 from shadowkv_cli.catalogue.models import MODELS
-from shadowkv_cli.config import MethodSpec
+from shadowkv_cli.config import MethodSpec, ShadowKVSpec
 from shadowkv_cli.console import notice, progress
 from shadowkv_cli.environment import capture
 from shadowkv_cli.errors import UsageError, unknown_name
 from shadowkv_cli.results import MANIFEST, RunFolder, RunKind, check_place, done_cells, read_run
-from shadowkv_cli.run_config import EvalConfig
+from shadowkv_cli.run_config import EvalConfig, ModelChoice
 from shadowkv_cli.tasks.metrics import check_metric
 from shadowkv_cli.tasks.rows import Dataset, Sample
 
 if TYPE_CHECKING:
     from shadowkv_cli.model.loading import LoadedModel
 
-RANDOM_NOTE = "RANDOM WEIGHTS: the model was never trained, so its scores mean nothing."
+RANDOM_NOTE = (
+    "RANDOM WEIGHTS: the model was never trained, so there are times and memory, and no scores."
+)
 
 
 @dataclass
@@ -118,6 +120,15 @@ def check_tokenizer(dataset: Dataset, tokenizer: Any, name: str, *, allowed: boo
     return differs
 
 
+def check_vocabulary(name: str, vocab_size: int, reader: str, tokenizer: Any) -> None:
+    """Raise UsageError where a tokenizer has tokens that a model has no embedding for."""
+    if len(tokenizer) > vocab_size:
+        raise UsageError(
+            f"The tokenizer {reader} has {len(tokenizer):,} tokens, {name} takes {vocab_size:,}: "
+            "use data of another tokenizer, or another shape."
+        )
+
+
 def check_settings(run_scope: Mapping[str, Any], specs: Sequence[MethodSpec], path: Path) -> None:
     """Refuse a method that an earlier command ran with other settings.
 
@@ -161,6 +172,16 @@ def environment_of(loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
+def low_rank_facts(loaded: LoadedModel, specs: Sequence[MethodSpec]) -> dict[str, Any]:
+    """How low-rank keys are found, where any are wanted."""
+    from shadowkv_cli.methods.low_rank import method_for
+
+    ranks = [spec.rank for spec in specs if isinstance(spec, ShadowKVSpec)]
+    if not ranks:
+        return {}
+    return {"low_rank": method_for(loaded.shape.key_width, max(ranks))}
+
+
 def data_notes(dataset: Dataset, loaded: LoadedModel) -> tuple[list[str], dict[str, bool]]:
     """The same for results on these data."""
     notes, flags = model_notes(loaded)
@@ -194,10 +215,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Ready:
-    """Data, tokenizer and model of an evaluation, checked against each other."""
+    """Data, tokenizer and model of an evaluation, checked against each other.
+
+    Attributes:
+        reader: whose tokenizer it is.
+    """
 
     dataset: Dataset
     work: Work
+    reader: ModelChoice
     tokenizer: Any
     tokenizer_differs: bool
     loaded: LoadedModel
@@ -228,13 +254,16 @@ def load_inputs(config: EvalConfig) -> Ready:
     dataset = Dataset.open(config.data)
     work = choose_samples(config, dataset)
     choice = config.model
-    tokenizer = tokenizer_of(choice)
+    reader = reader_of(choice, dataset)
+    tokenizer = tokenizer_of(reader)
     differs = check_tokenizer(
         dataset, tokenizer, choice.name, allowed=config.allow_tokenizer_mismatch
     )
     loaded = load_model(choice)
     loaded.check(list(config.specs), work.longest)
-    return Ready(dataset, work, tokenizer, differs, loaded)
+    if reader != choice:
+        check_vocabulary(choice.name, loaded.vocab_size, reader.name, tokenizer)
+    return Ready(dataset, work, reader, tokenizer, differs, loaded)
 
 
 def open_run(config: EvalConfig, kind: RunKind, ready: Ready) -> RunFolder:
@@ -259,7 +288,7 @@ def open_run(config: EvalConfig, kind: RunKind, ready: Ready) -> RunFolder:
             "context_lengths": list(config.context_lengths or dataset.context_lengths),
             "num_samples": config.num_samples,
         },
-        environment=environment_of(loaded),
+        environment=environment_of(loaded) | low_rank_facts(loaded, config.specs),
         command=config.command,
         notes=notes,
         flags=flags,
@@ -293,20 +322,31 @@ def evaluate_loaded(config: EvalConfig, kind: RunKind, ready: Ready, run: RunFol
     )
     tokens, missing = 0, 0
     run.record_environment(num_workers=config.num_workers)
-    recorded: set[str] = set()  # at once, so that a killed run has it too
+    recorded: dict[str, float | None] = {}  # at once, so that a killed run has it too
     with progress(f"{kind} {config.model.name}", len(work.samples)) as bar:
         bar.skip(finished)
         questions = [Question(s, work.missing[s.id], passes.get(s.id, 0)) for s in todo]
-        for answered in answer_all(answerer, questions, config.model, config.num_workers):
+        for answered in answer_all(
+            answerer, questions, config.model, ready.reader, config.num_workers
+        ):
             run.append("predictions", answered.rows)
             tokens += answered.generated_tokens
             missing += len({r["cell"] for r in answered.rows if r["error"] is not None})
-            if not answered.backends <= recorded:
+            if not answered.backends.keys() <= recorded.keys():
                 recorded |= answered.backends
-                run.record_environment(attention_backend=sorted(recorded))
+                run.record_environment(**_attention_facts(recorded))
             sample, rate = answered.question.sample, tokens / (time.monotonic() - started)
             bar.advance(detail=f"{sample.task} {sample.context_length}, {rate:.0f} tokens/s")
     return Outcome(config.output, missing, time.monotonic() - started)
+
+
+def _attention_facts(backends: Mapping[str, float | None]) -> dict[str, Any]:
+    """Which exact attention the rows came from, and what it reached in its trial on a GPU."""
+    speeds = {name: round(speed, 1) for name, speed in backends.items() if speed is not None}
+    return {
+        "attention_backend": sorted(backends),
+        **({"attention_tflops": speeds} if speeds else {}),
+    }
 
 
 def evaluate(config: EvalConfig) -> Outcome:

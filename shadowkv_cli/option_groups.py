@@ -105,8 +105,8 @@ class ModelOptions:
         typer.Option(
             metavar="HUB_ID|PATH|demo|smollm2|shape:NAME",
             help="A Hugging Face model, its folder, `demo`, which comes along, or `smollm2`, real "
-            "weights that need no hub; for bench also `shape:NAME`, a true size with random "
-            "weights.",
+            "weights that need no hub; or `shape:NAME`, a true size with random weights, for times "
+            "and memory only.",
         ),
     ]
     dtype: Annotated[
@@ -121,7 +121,11 @@ class ModelOptions:
     ] = "auto"
     attention_backend: Annotated[
         AttentionBackend,
-        typer.Option(help="Exact attention of the prefill; auto times what is installed, once."),
+        typer.Option(
+            help="Exact attention of the prefill. auto: the fastest of what is installed, timed "
+            "once on the prompt's shape; sdpa: torch's own choice; cudnn, flash, efficient and "
+            "math: that part of torch; the others are packages (extras of the same names)."
+        ),
     ] = "auto"
     revision: Annotated[
         str | None,

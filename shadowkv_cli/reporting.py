@@ -30,6 +30,7 @@ from shadowkv_cli.summary import (
 )
 from shadowkv_cli.tables import Table, frontier_table, tables
 from shadowkv_cli.tasks.ruler.definitions import definitions
+from shadowkv_cli.times import times_as_rows, times_of, times_table
 
 
 def more_of_the_scores(
@@ -41,6 +42,8 @@ def more_of_the_scores(
     is shown for LongBench, whose prompts are often short, and wherever a method was not active for
     some sample. Returns the same as fields for JSON and as tables.
     """
+    if not scores:
+        return {}, []
     averages, activity = named_averages(suite, scores, rows), activity_of(rows, scores)
     fields = {
         "averages": averages_as_rows(averages),
@@ -82,13 +85,16 @@ def report_run(path: Path, *, as_json: bool) -> dict[str, Any]:
     identity = run.manifest["identity"]
     suite, model = str(identity.get("data", "")), str(identity.get("model", ""))
     more, more_tables = more_of_the_scores(suite, scores, run.predictions, model)
-    payload |= more
+    times = times_of(run.predictions)
+    payload |= more | {"times": times_as_rows(times)}
     lengths = length_summaries(scores, run.predictions) if suite == RULER and scores else []
     write_summary_csv(path / SUMMARY, scores, speeds, summaries_for_csv(lengths))
     if as_json:
         print_json(payload)
         return payload
     shown = [*tables(scores, speeds, run.notes), *more_tables]
+    if times:
+        shown.append(times_table(times, () if shown else run.notes))
     if scores and speeds:
         points = join_sweep(scores, speeds)
         shown.append(frontier_table(points, with_frontier=not random_weights))

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -24,10 +24,10 @@ from shadowkv_cli.errors import ShadowKVError, UsageError
 from shadowkv_cli.rowlog import Row, append_group, read_rows, repair, write_atomic
 
 RunKind = Literal["eval", "sweep", "bench"]
-LogName = Literal["predictions", "throughput"]
+LogName = Literal["predictions", "throughput", "prefill"]
 
 MANIFEST, LOCK, SUMMARY, PLOTS = "manifest.json", ".lock", "summary.csv", "plots"
-LOGS: tuple[LogName, ...] = ("predictions", "throughput")
+LOGS: tuple[LogName, ...] = ("predictions", "throughput", "prefill")
 FIGURE_SUFFIXES = (".png", ".svg", ".csv")
 
 
@@ -334,6 +334,7 @@ class Run:
     manifest: dict[str, Any]
     predictions: list[Row]
     throughput: list[Row]
+    prefill: list[Row] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -356,5 +357,4 @@ def read_run(path: Path) -> Run:
         ShadowKVError: its files are damaged; names file and line.
     """
     manifest = _read_manifest(path)
-    predictions, throughput = (list(read_rows(path / f"{log}.jsonl")) for log in LOGS)
-    return Run(path, manifest, predictions, throughput)
+    return Run(path, manifest, *(list(read_rows(path / f"{log}.jsonl")) for log in LOGS))

@@ -12,7 +12,11 @@ from typing import Any, Literal
 from shadowkv_cli.config import MethodSpec, ShadowKVSpec, split_list
 from shadowkv_cli.errors import UsageError
 
-AttentionBackend = Literal["auto", "flash", "cudnn", "efficient", "math", "flash-attn"]
+AttentionBackend = Literal[
+    "auto", "sdpa", "cudnn", "flash", "efficient", "math", "flash-attn", "flash-attn-4"
+]
+"""`sdpa` is what torch takes by itself; `cudnn` to `math` are its parts, the rest are packages."""
+
 DEFAULT_BENCH_CONTEXT = 32_768
 State = Literal["synthetic", "tokens", "prompts"]
 EAGER = "eager-sdpa"

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from itertools import zip_longest
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +32,16 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """What came of a question."""
+    """What came of a question.
+
+    Attributes:
+        backends: exact attention that this worker has used so far, and the TFLOP/s of its trial.
+    """
 
     question: Question
     rows: list[Row]
     generated_tokens: int
-    backends: frozenset[str]
+    backends: dict[str, float | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +49,7 @@ class _Start:
     """What a worker needs to answer as this process does."""
 
     choice: ModelChoice
+    reader: ModelChoice
     room: int
     tokenizer_mismatch: bool
     threads: int
@@ -66,7 +72,7 @@ def _start_worker(start: _Start, numbers: Any) -> None:
         choice = dataclasses.replace(choice, device=f"cuda:{numbers.get() % start.devices}")
     _answerer = Answerer(
         load_model(choice),
-        tokenizer_of(choice),
+        tokenizer_of(start.reader),
         backend=choice.backend,
         room=start.room,
         tokenizer_mismatch=start.tokenizer_mismatch,
@@ -81,11 +87,15 @@ def _answer(question: Question) -> Answered:
 def ask(answerer: Answerer, question: Question) -> Answered:
     """Answer in this process."""
     rows, tokens = answerer.answer(question.sample, question.cells, question.first_pass)
-    return Answered(question, rows, tokens, frozenset(answerer.backends_used))
+    return Answered(question, rows, tokens, dict(answerer.backends_used))
 
 
 def answer_all(
-    answerer: Answerer, questions: Sequence[Question], choice: ModelChoice, num_workers: int
+    answerer: Answerer,
+    questions: Sequence[Question],
+    choice: ModelChoice,
+    reader: ModelChoice,
+    num_workers: int,
 ) -> Generator[Answered, None, None]:
     """Yield the answers as they are there; with one worker in the order of the questions.
 
@@ -93,6 +103,7 @@ def answer_all(
         answerer: of this process, which is one of the workers.
         choice: the model that the others load. `cuda` and `auto` share out all GPUs; `cuda:N`
             keeps everyone on that one.
+        reader: whose tokenizer they use.
         num_workers: processes, this one included.
 
     Raises:
@@ -100,7 +111,10 @@ def answer_all(
     """
     others = min(num_workers, len(questions)) - 1
     if others < 1:
-        yield from (ask(answerer, question) for question in questions)
+        for question, following in zip_longest(questions, questions[1:]):
+            if following is not None:
+                answerer.encoder.begin(following.sample.text)
+            yield ask(answerer, question)
         return
     import torch
 
@@ -108,6 +122,7 @@ def answer_all(
     spread = on_gpu and choice.device in ("auto", "cuda")
     start = _Start(
         choice=choice,
+        reader=reader,
         room=answerer.room,
         tokenizer_mismatch=answerer.tokenizer_mismatch,
         threads=max(1, usable_cores() // num_workers),

@@ -82,6 +82,8 @@ class ThroughputRecord:
             method's own largest batch) is held against full attention's largest. None without it.
         step_ms_p50, step_ms_p99: of all decode steps of all rounds.
         peak_memory_bytes: the largest of the rounds.
+        prefill_peak_bytes, prefill_allowed_bytes: the same of the prefills on a GPU, and what they
+            may take by the sizes of model and caches.
     """
 
     cell: str
@@ -104,6 +106,8 @@ class ThroughputRecord:
     peak_memory_bytes: float | None
     hit_rate: float | None
     predicted_step_ms: float | None
+    prefill_peak_bytes: float | None = None
+    prefill_allowed_bytes: float | None = None
 
 
 def group_by(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
@@ -215,12 +219,20 @@ def _average(records: list[ScoreRecord], context_length: int | None) -> ScoreRec
     )
 
 
+def is_unscored(row: Row) -> bool:
+    """Whether a row has times and memory alone: of a model whose weights were never trained."""
+    return all(row.get(name) is None for name in ("error", "prediction", "score"))
+
+
 def score_records(rows: Iterable[Row]) -> list[ScoreRecord]:
     """Scores of prediction rows: per cell, length and task, then the averages of each cell.
+
+    Rows that have none because the model has random weights are left out.
 
     Per length an `average` over its tasks; with several lengths one more over everything, whose
     `context_length` is None. Full attention comes first, then the cells as they appear.
     """
+    rows = [row for row in rows if not is_unscored(row)]
     groups = group_by(rows, lambda r: (r["context_length"], r["task"]))
     by_cell: dict[str, list[ScoreRecord]] = {}
     for key in sorted(groups, key=lambda k: k[0]):
@@ -250,6 +262,9 @@ def _throughput_record(rows: list[Row], full: list[Row]) -> ThroughputRecord:
     def mean(name: str) -> float | None:
         return _mean(r.get(name) for r in good)
 
+    def most(name: str) -> float | None:
+        return max((r.get(name) or 0 for r in good), default=0) or None
+
     return ThroughputRecord(
         cell=first["cell"],
         method=first["method"],
@@ -268,9 +283,11 @@ def _throughput_record(rows: list[Row], full: list[Row]) -> ThroughputRecord:
         budget_tokens=mean("sparse_budget_tokens"),
         gpu_bytes=mean("gpu_bytes"),
         host_bytes=mean("host_bytes"),
-        peak_memory_bytes=max((r.get("peak_memory_bytes") or 0 for r in good), default=0) or None,
+        peak_memory_bytes=most("peak_memory_bytes"),
         hit_rate=mean("hit_rate"),
         predicted_step_ms=mean("predicted_step_ms"),
+        prefill_peak_bytes=most("prefill_peak_bytes"),
+        prefill_allowed_bytes=most("prefill_allowed_bytes"),
     )
 
 

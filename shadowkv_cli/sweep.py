@@ -44,7 +44,12 @@ def sweep(config: SweepConfig) -> SweepOutcome:
         room = Room(ready.loaded.shape, ready.loaded.device)
         cases = make_cases(evaluation.specs, settings, room, before)
         if settings.state == "prompts":
-            prompts = prompt_source(ready.dataset, evaluation.model, settings.context_lengths)
+            prompts = prompt_source(
+                ready.dataset,
+                evaluation.model,
+                settings.context_lengths,
+                ready.loaded.vocab_size,
+            )
     with open_run(evaluation, "sweep", ready) as run:
         if settings is not None:
             check_comparable(list(run.read("throughput")), settings, ready.loaded)

@@ -207,11 +207,13 @@ def throughput_table(records: Sequence[ThroughputRecord], notes: Sequence[str] =
             _bytes(r.host_bytes),
             _bytes(r.peak_memory_bytes),
             _percent(r.hit_rate),
+            _bytes(r.prefill_peak_bytes),
+            _bytes(r.prefill_allowed_bytes),
         ]
         for r in records
     ]
     columns = ["cell", "context", "batch", "tokens/s", "x full", "p50 ms", "p99 ms", "planned ms"]
-    columns += ["prefill s", "device", "host", "peak", "hits"]
+    columns += ["prefill s", "device", "host", "peak", "hits", "peak of prefill", "allowed"]
     covered = [r.tokens_per_s.confidence for r in records if r.tokens_per_s]
     own = []
     if any(r.failed for r in records):
@@ -279,6 +281,12 @@ def frontier_table(
     return Table("Accuracy against throughput", columns, rows, [*own, *notes])
 
 
+def loud_first(notes: Sequence[str]) -> list[str]:
+    """A run's notes with that of random weights in front, as a warning."""
+    loud = [f"WARNING: {note}" for note in notes if "random weights" in note.lower()]
+    return [*loud, *(note for note in notes if f"WARNING: {note}" not in loud)]
+
+
 def tables(
     scores: Sequence[ScoreRecord],
     throughput: Sequence[ThroughputRecord] = (),
@@ -289,8 +297,7 @@ def tables(
     `notes` (the manifest's) stand under the first, random weights before anything else: nobody may
     take those scores for a result.
     """
-    loud = [f"WARNING: {note}" for note in notes if "random weights" in note.lower()]
-    notes = [*loud, *(note for note in notes if f"WARNING: {note}" not in loud)]
+    notes = loud_first(notes)
     shown: list[Table] = []
     if scores:
         shown.append(score_table(scores, notes))

@@ -20,6 +20,7 @@ from shadowkv_cli.results import read_run
 
 METHODS = "full,shadowkv,oracle,random,streaming"
 SMALL = ["--rank", "16", "--sparse-budget", "32"]
+MEASURED = ("prefill_s", "decode_s", "peak_memory_bytes")
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -28,7 +29,7 @@ def rows_of(path: Path) -> list[dict]:
 
 def stable(rows: list[dict]) -> list[dict]:
     """Rows without what differs from run to run: times, and which prefill made them."""
-    return [{k: v for k, v in r.items() if k not in ("prefill_s", "decode_s")} for r in rows]
+    return [{k: v for k, v in r.items() if k not in MEASURED} for r in rows]
 
 
 @pytest.fixture

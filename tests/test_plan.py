@@ -169,10 +169,10 @@ def test_options_that_would_do_nothing_are_refused(
     assert not (tmp_path / "b").exists()
 
 
-def test_a_shape_has_no_tokenizer(tmp_path: Path, ruler_folder: Path, capsys) -> None:
-    command = ["eval", "--model", "shape:llama-3.1-8b", "--data", str(ruler_folder)]
-    assert run([*command, "--output", str(tmp_path / "e")]) == 2
-    assert "only bench takes it" in capsys.readouterr().err
+def test_a_shape_has_no_tokenizer_to_build_data_with(tmp_path: Path, capsys) -> None:
+    command = ["build-data", "ruler", "--tokenizer", "shape:llama-3.1-8b", "--context-length", "1k"]
+    assert run([*command, "--output", str(tmp_path / "d")]) == 2
+    assert "no tokenizer of its own" in capsys.readouterr().err
 
 
 def test_other_lanes_are_cells_of_their_own(tmp_path: Path, tiny_model_folder: Path) -> None:

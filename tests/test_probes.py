@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shadowkv_cli.bench import probes
+from shadowkv_cli.bench import plan, probes
 from shadowkv_cli.bench.estimate import (
     LAYER_OVERHEAD_S,
     decode_seconds,
@@ -17,6 +17,9 @@ from shadowkv_cli.bench.estimate import (
     prefill_seconds,
 )
 from shadowkv_cli.bench.probes import Probe
+from shadowkv_cli.bench.together import step_ms
+from shadowkv_cli.cells import build_specs
+from shadowkv_cli.config import FullSpec, MethodSpec
 from shadowkv_cli.errors import ShadowKVError, UsageError
 from shadowkv_cli.model.facts import ModelFacts, model_facts
 from shadowkv_cli.run_config import ModelChoice
@@ -152,6 +155,7 @@ def llama_8b() -> ModelFacts:
         shape=shape,
         max_positions=131_072,
         weight_bytes=16_060_522_496,
+        hidden_size=4096,
     )
 
 
@@ -162,10 +166,69 @@ def test_prefill_follows_from_operations() -> None:
     assert attention == 2 * tokens**2 * 4096 * 32
     # Measured on an H100 in plain transformers: 15.3 s with SDPA's flash attention.
     assert 8 < prefill_seconds(facts, H100, tokens) < 30
-    fast = dataclasses.replace(H100, matmul_tflops={"bfloat16": 1400.0})
+    twice = {"matmul_tflops": {"bfloat16": 1400.0}, "memory_read_gb_s": 2 * H100.memory_read_gb_s}
+    fast = dataclasses.replace(H100, **twice)
     overhead = 32 * LAYER_OVERHEAD_S
     slow_s, fast_s = (prefill_seconds(facts, p, tokens) - overhead for p in (H100, fast))
     assert slow_s == pytest.approx(2 * fast_s)
+
+
+@pytest.mark.parametrize(
+    ("backend", "cells", "measured_s"),
+    [("cudnn", [], 9.9), ("flash", [], 15.3), ("cudnn", ["shadowkv"], 10.5)],
+)
+def test_a_probed_backend_foretells_what_was_measured(
+    backend: str, cells: list[str], measured_s: float
+) -> None:
+    """A prefill of 122,880 tokens on an H100 in plain transformers."""
+    speeds = {"cudnn": 607.0, "flash": 343.0, "flash-attn-4": 692.0}
+    probe = dataclasses.replace(H100, attention_tflops=speeds)
+    facts, specs = llama_8b(), build_specs(cells, {}) if cells else []
+    found = prefill_seconds(facts, probe, 122_880, specs, backend)
+    assert found == pytest.approx(measured_s, rel=0.1)
+    best = prefill_seconds(facts, probe, 122_880, specs)
+    assert best == prefill_seconds(facts, probe, 122_880, specs, "flash-attn-4") < found
+
+
+def test_a_probe_of_attention_is_kept(small_work: None) -> None:
+    probe = probes.measure(CPU, (torch.float32,))
+    assert probe.attention_tflops.keys() == {"flash"}
+    probes.store(probe)
+    kept = probes.stored(probe.device_name)
+    assert kept is not None
+    assert kept.attention_tflops["flash"] == pytest.approx(
+        probe.attention_tflops["flash"], rel=1e-2
+    )
+    before = {k: v for k, v in probe.as_json().items() if k != "attention_tflops"}
+    assert Probe.from_json(before).attention_tflops == {}
+    with pytest.raises(ValueError, match="positive"):
+        Probe.from_json({**before, "attention_tflops": {"flash": 0.0}})
+
+
+def test_cells_that_decode_together_read_the_weights_once() -> None:
+    facts = llama_8b()
+
+    def step(*cells: str) -> float:
+        return step_ms(
+            build_specs(cells, {}), facts.shape, facts.weight_bytes, H100, 122_880, hit_rate=0.6
+        )
+
+    def alone(spec: MethodSpec) -> dict[str, float]:
+        return plan.phase_ms(
+            spec, facts.shape, facts.weight_bytes, H100, 122_880, 1, hit_rate=0.6, lanes=1
+        )
+
+    assert step("full") == pytest.approx(alone(FullSpec())["step"])
+    one = "shadowkv:value_placement=host"
+    assert step(one) == pytest.approx(alone(build_specs([one], {})[0])["step"], rel=0.05)
+    both = step("full", one)
+    assert max(step("full"), step(one)) < both < step("full") + step(one) - 5
+    other = f"{one},sparse_budget=1024"
+    merged, apart = step(one, other), step(one, f"{other},chunk_size=16")
+    assert step(one) < merged < 2 * step(one)
+    assert merged < apart + 1
+    short = "shadowkv:sparse_budget=122880"
+    assert step("full", short) == step("full"), "dense cells share a row"
 
 
 def test_decoding_follows_from_bytes() -> None:

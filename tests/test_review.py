@@ -20,8 +20,9 @@ from shadowkv_cli.errors import ShadowKVError, UsageError
 from shadowkv_cli.evaluate import Work, find_missing
 from shadowkv_cli.frontier import FrontierPoint, order_is_established
 from shadowkv_cli.methods.shadowkv import ShadowKVGroup
+from shadowkv_cli.model.failures import MethodFailure
 from shadowkv_cli.model.loading import LoadedModel, describe
-from shadowkv_cli.model.session import MethodFailure, Session
+from shadowkv_cli.model.session import Session
 from shadowkv_cli.results import read_run
 from shadowkv_cli.run_config import BenchSettings
 from shadowkv_cli.stats import Interval, median_interval

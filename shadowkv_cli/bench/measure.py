@@ -16,7 +16,8 @@ from shadowkv_cli.bench.driven_hits import drive
 from shadowkv_cli.bench.probes import device_name
 from shadowkv_cli.config import MethodSpec
 from shadowkv_cli.environment import clocks_mhz
-from shadowkv_cli.model.session import MethodFailure, Session
+from shadowkv_cli.model.failures import MethodFailure
+from shadowkv_cli.model.session import Session
 from shadowkv_cli.run_config import BenchSettings
 
 Row = dict[str, Any]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from shadowkv_cli.config import ModelShape
+from shadowkv_cli.model.loading import LoadedModel
 
 RESERVE = 0.1
 """Share of the memory that is left for activations, the allocator and everybody else."""
@@ -77,6 +82,46 @@ def free_device_bytes(device: torch.device, reserve: float = RESERVE) -> int:
     return int(free + cached - reserve * total)
 
 
+WORKSPACE = 6
+"""What a prefill may take beside all that it must hold: so many tensors of the prompt's tokens by
+the model's width, in the model's precision."""
+
+
+@dataclass(frozen=True)
+class PrefillBytes:
+    """What a prefill may hold on the device, in bytes.
+
+    Attributes:
+        weights: of the model.
+        layer: keys and values of one layer.
+        caches: what the methods keep of the prompt, and have ready for answers.
+        workspace: the rest.
+    """
+
+    weights: int
+    layer: int
+    caches: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.layer + self.caches + self.workspace
+
+
+def prefill_bytes(
+    weights: int, shape: ModelShape, hidden_size: int, tokens: int, caches: int
+) -> PrefillBytes:
+    """What the prefill of one prompt may hold beside the caches of all."""
+    layer = shape.kv_bytes(tokens) // shape.num_layers
+    workspace = WORKSPACE * tokens * hidden_size * shape.element_bytes
+    return PrefillBytes(weights, layer, caches, workspace)
+
+
+def allowed_bytes(loaded: LoadedModel, tokens: int, caches: int) -> PrefillBytes:
+    """The same for a model that is loaded, beside caches that are there."""
+    return prefill_bytes(loaded.weight_bytes, loaded.shape, loaded.hidden_size, tokens, caches)
+
+
 class PeakMemory:
     """Peak of the device's allocator, or on a CPU of the process, since `restart`."""
 
@@ -88,7 +133,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             return
         control = Path("/proc/self/clear_refs")
-        if control.exists():
+        with suppress(OSError):  # no such file, or not ours: then since the process began
             control.write_text("5")  # resets VmHWM, see proc(5)
 
     def read(self) -> int:

@@ -19,10 +19,15 @@ import torch
 
 from shadowkv_cli.console import notice
 from shadowkv_cli.environment import cache_dir, cpu_model
+from shadowkv_cli.model import exact_attention
 
 CPU_READ_BYTES = 512 * 2**20
 GPU_READ_BYTES = 2 * 2**30
 TRANSFER_BYTES = 256 * 2**20
+GPU_HEADS, GPU_PROMPT_TOKENS = (32, 8, 128), 32_768
+CPU_HEADS, CPU_PROMPT_TOKENS = (4, 1, 64), 2048
+"""Query heads, KV heads and their dimension, of the attention that is timed."""
+
 WARM_UP, REPEATS = 2, 7
 ENOUGH_S = 0.5
 """Repeats end early after that long."""
@@ -45,6 +50,8 @@ class Probe:
         zero_copy_gather_gb_s: 2 KiB rows in random order, read by the GPU from pinned memory.
         zero_copy_reason: why that is None; empty where it was measured.
         measured: the day, UTC, like 2026-11-24.
+        attention_tflops: causal attention of a long prompt by backend, in bfloat16, on a CPU in
+            float32; empty in probes of before.
     """
 
     device_name: str
@@ -55,6 +62,7 @@ class Probe:
     zero_copy_gather_gb_s: float | None
     zero_copy_reason: str
     measured: str
+    attention_tflops: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for a manifest, three significant digits."""
@@ -64,7 +72,11 @@ class Probe:
     def from_json(cls, values: dict[str, Any]) -> Probe:
         """Read what `as_json` wrote. Raises TypeError or ValueError where it is something else."""
         probe = cls(**values)
-        speeds = [probe.memory_read_gb_s, *probe.matmul_tflops.values()]
+        speeds = [
+            probe.memory_read_gb_s,
+            *probe.matmul_tflops.values(),
+            *probe.attention_tflops.values(),
+        ]
         if not all(isinstance(speed, float) and speed > 0 for speed in speeds):
             raise ValueError("speeds must be positive numbers")
         return probe
@@ -109,6 +121,7 @@ def measure(device: torch.device, dtypes: Sequence[torch.dtype]) -> Probe:
         zero_copy_gather_gb_s=gather,
         zero_copy_reason=reason,
         measured=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        attention_tflops=_attention_tflops(device),
     )
 
 
@@ -159,6 +172,17 @@ def _product(size: int, device: torch.device, dtype: torch.dtype) -> Callable[[]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=out)
+
+
+def _attention_tflops(device: torch.device) -> dict[str, float]:
+    """Of every fast backend on a GPU; on a CPU of the one that there is."""
+    if device.type == "cuda":
+        return exact_attention.trial_tflops(device, torch.bfloat16, GPU_HEADS, GPU_PROMPT_TOKENS)
+    (q_heads, kv_heads, dim), tokens = CPU_HEADS, CPU_PROMPT_TOKENS
+    q = torch.randn(1, q_heads, tokens, dim)
+    k = torch.randn(1, kv_heads, tokens, dim)
+    seconds = _median_s(device, lambda: exact_attention.attend("flash", q, k, k, dim**-0.5))
+    return {"flash": 2 * tokens**2 * q_heads * dim / seconds / 1e12}
 
 
 def _transfers_gb_s(device: torch.device) -> tuple[float, float]:
@@ -238,7 +262,9 @@ def stored_or_measured(device: torch.device, dtypes: Sequence[torch.dtype] | Non
     """
     wanted = default_dtypes(device) if dtypes is None else tuple(dtypes)
     probe = stored(device_name(device))
-    if probe and all(str(d).removeprefix("torch.") in probe.matmul_tflops for d in wanted):
+    known = probe and all(str(d).removeprefix("torch.") in probe.matmul_tflops for d in wanted)
+    # A probe of before knows nothing of attention, which is most of a long prefill.
+    if probe and known and (probe.attention_tflops or device.type == "cpu"):
         return probe
     notice(f"Measuring {device_name(device)}, once: it is kept for later runs.")
     probe = measure(device, tuple(dict.fromkeys((*default_dtypes(device), *wanted))))

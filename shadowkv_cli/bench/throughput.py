@@ -11,14 +11,15 @@ import torch
 
 from shadowkv_cli.bench.cases import Case, free_bytes
 from shadowkv_cli.bench.measure import Drifts, measure
-from shadowkv_cli.bench.memory import PeakMemory, free_host_bytes
+from shadowkv_cli.bench.memory import PeakMemory, allowed_bytes, free_host_bytes
 from shadowkv_cli.bench.probes import device_name
 from shadowkv_cli.bench.state import fill_prompts, fill_synthetic, random_prompts
 from shadowkv_cli.config import CacheBytes, MethodSpec, SparseSpec
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.methods.pinned import idle_bytes
+from shadowkv_cli.model.failures import MethodFailure
 from shadowkv_cli.model.loading import LoadedModel
-from shadowkv_cli.model.session import MethodFailure, Session
+from shadowkv_cli.model.session import Session
 from shadowkv_cli.run_config import BenchSettings
 from shadowkv_cli.shared_bytes import shared_cache_bytes
 
@@ -68,6 +69,8 @@ class _Bench:
             self.sets = [[spec] for spec in specs]
         self._kept: dict[int, tuple[Session, torch.Tensor, float | None]] = {}
         self.drifts: Drifts = {}
+        self.prefill_bytes: dict[tuple[MethodSpec, ...], Row] = {}
+        """On a GPU: the peak of a set's prefills, and what these may take."""
 
     @contextmanager
     def session(self, place: int) -> Iterator[tuple[Session, torch.Tensor, float | None]]:
@@ -114,7 +117,16 @@ class _Bench:
         )
         if settings.state == "synthetic":
             return session, fill_synthetic(session, tokens), None
-        return session, *fill_prompts(session, prompts)
+        peak = PeakMemory(self.loaded.device)
+        peak.restart()
+        filled = fill_prompts(session, prompts)
+        if self.loaded.device.type == "cuda":
+            allowed = allowed_bytes(self.loaded, session.store.prompt_tokens, session.held_bytes)
+            self.prefill_bytes[tuple(specs)] = {
+                "prefill_peak_bytes": peak.read(),
+                "prefill_allowed_bytes": allowed.total,
+            }
+        return session, *filled
 
 
 def describe_case(case: Case, settings: BenchSettings, loaded: LoadedModel) -> Row:
@@ -209,6 +221,8 @@ def _measure_set(
                 row |= {
                     "prefill_s": prefill_s if len(bench.sets[place]) == 1 else None,
                     "peak_memory_bytes": bench.peak_alone(place, peak.read()),
+                    "attention_backend": session.backend or None,
+                    **bench.prefill_bytes.get(tuple(bench.sets[place]), {}),
                 }
                 yield row
     except (MethodFailure, torch.OutOfMemoryError, MemoryError) as failure:

@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -99,11 +99,15 @@ class Group(ABC):
         assert prompt.tokens <= room, f"a prompt of {prompt.tokens} tokens, room for {room}"
         self.reset()
 
+    needs_queries: ClassVar[bool] = False
+    """Whether `prefill_layer` reads q, which is written over as soon as the prompt has attended."""
+
     @abstractmethod
     def prefill_layer(self, layer: int, prompt: Prompt, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Take in a prompt's layer: q [Hq, S, D], k and v [Hk, S, D], all after RoPE.
 
-        The store has taken in k and v already.
+        The store has taken in k and v already. On a GPU it runs beside the model and must never
+        wait for the device.
         """
 
     @property

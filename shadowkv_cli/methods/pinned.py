@@ -14,7 +14,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from shadowkv_cli.errors import ShadowKVError
+from shadowkv_cli.errors import OutOfHostMemory
 
 PAGE_BYTES = 4096
 
@@ -75,7 +75,7 @@ def pin(tensors: Sequence[Tensor], owner: object) -> None:
     """Pin tensors of `host_memory` for as long as their owner lives; they must not outlive it.
 
     torch's own pinned memory comes in powers of two: of 128 GiB that is too much. Raises
-    ShadowKVError where the system refuses to pin so much.
+    OutOfHostMemory where the system refuses to pin so much.
     """
     runtime = torch.cuda.cudart()
     pinned: list[Tensor] = []
@@ -89,7 +89,7 @@ def pin(tensors: Sequence[Tensor], owner: object) -> None:
             block[::PAGE_BYTES] = 0
             status = int(runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0))
             if status:
-                raise ShadowKVError(
+                raise OutOfHostMemory(
                     f"Cannot pin {block.nbytes / 1e9:.1f} GB of host memory after {len(pinned)} "
                     f"pieces of that size (CUDA error {status}): use a smaller batch, or raise the "
                     "limit of locked memory (ulimit -l)."

@@ -52,7 +52,8 @@ class ShadowKVGroup(SparseGroup):
         )
 
     def outlier_tokens(self, layer: int, row: int, prompt: Prompt, k: Tensor) -> Tensor:
-        chunks = int(self.num_chunks[row])
+        # Not from `num_chunks`, which would wait for the device.
+        chunks = (prompt.tokens - self.row_kept[row].local_tokens) // self.chunk_size
         similarity = self.store.similarity[self.chunk_size][layer][prompt.index, :, :chunks]
         worst = similarity.topk(self.row_kept[row].outlier_chunks, largest=False).indices
         excluded = self.excluded[layer][row]

@@ -33,9 +33,12 @@ class SideStream:
         self.stream = torch.cuda.Stream(device, priority=priority)
 
     @contextmanager
-    def forked(self) -> Iterator[Join]:
-        """Issue work that begins when all that was issued before is done."""
-        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+    def forked(self, ready: torch.cuda.Event | None = None) -> Iterator[Join]:
+        """Issue work that begins when all that was issued before is done, or before an event."""
+        if ready is None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        else:
+            self.stream.wait_event(ready)
         join = Join()
         with torch.cuda.stream(self.stream):
             yield join

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from shadowkv_cli import ops
 from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec, StoredDtype, ValueForm
-from shadowkv_cli.methods.low_rank import factorise
+from shadowkv_cli.methods.low_rank import Method, factorise, working_dtype
+from shadowkv_cli.methods.tiles import tiles
 from shadowkv_cli.methods.value_store import EXACT, ValueStore
 from shadowkv_cli.ops.fp8 import FP8, quantise
 from shadowkv_cli.ops.rotary import unrotate
@@ -141,6 +142,8 @@ class PromptStore:
             size: empty(prompts, heads, tokens // size, dtype=torch.float32)
             for size in {size for size, *_ in needs.landmarks}
         }
+        self.low_rank_method: Method | None = None
+        """How low-rank keys are found; None: as their sizes ask for."""
         self.tables: RotaryTables | None = None
         """Set before the first prompt; a captured graph reads them where they are."""
 
@@ -169,12 +172,21 @@ class PromptStore:
         self.landmarks[form][layer][here] = means
 
     def _add_low_rank(self, layer: int, prompt: Prompt, k: Tensor) -> None:
-        assert self.tables is not None, "rotary tables come before the first layer"
-        table = self.tables.index[prompt.index].long()
-        cos, sin = (half[table, : prompt.tokens] for half in self.tables.halves())
-        plain = unrotate(k, cos, sin, self.tables.interleaved)  # [Hk, S, D]
-        wide = plain.transpose(0, 1).flatten(1)  # [S, Hk*D]
-        coefficients, basis = factorise(wide, self.needs.rank)
+        how = () if self.low_rank_method is None else (self.low_rank_method,)
+        coefficients, basis = factorise(self._plain_keys(prompt, k), self.needs.rank, *how)
         self.coefficients[layer][prompt.index, : prompt.tokens] = coefficients
         heads, dim = self.shape.num_kv_heads, self.shape.head_dim
         self.basis[layer][prompt.index] = basis.view(-1, heads, dim).transpose(0, 1)
+
+    def _plain_keys(self, prompt: Prompt, k: Tensor) -> Tensor:
+        """The keys [Hk, S, D] without their rotation, all heads side by side: [S, Hk*D]."""
+        assert self.tables is not None, "rotary tables come before the first layer"
+        table = self.tables.index[prompt.index : prompt.index + 1].long()
+        cos, sin = (half[:, : prompt.tokens][table][0] for half in self.tables.halves())
+        heads, tokens, dim = k.shape
+        dtype = working_dtype(k.device, k.dtype)
+        plain = torch.empty(tokens, heads * dim, dtype=dtype, device=k.device)
+        by_head = plain.view(tokens, heads, dim).transpose(0, 1)
+        for tile in tiles(tokens):  # in float32 and step by step, a key takes much memory
+            by_head[:, tile] = unrotate(k[:, tile], cos[tile], sin[tile], self.tables.interleaved)
+        return plain

@@ -31,6 +31,7 @@ class ModelFacts:
         shape: sizes of its attention.
         max_positions: the longest context that it has positions for.
         weight_bytes: bytes of all parameters.
+        hidden_size: width of the residual stream.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ModelFacts:
     shape: ModelShape
     max_positions: int
     weight_bytes: int
+    hidden_size: int
 
 
 def model_facts(choice: ModelChoice, dtype: torch.dtype) -> ModelFacts:
@@ -91,4 +93,5 @@ def _facts(model: PreTrainedModel, name: str, dtype: torch.dtype) -> ModelFacts:
         ),
         max_positions=config.max_position_embeddings,
         weight_bytes=sum(p.nbytes for p in model.parameters()),
+        hidden_size=config.hidden_size,
     )

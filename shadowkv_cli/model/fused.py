@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shadowkv_cli import ops
+from shadowkv_cli.methods.tiles import is_long
 from shadowkv_cli.model.rotary import attention_modules
 
 Forward = Callable[..., Any]
@@ -59,9 +60,14 @@ def _joint(tensors: Sequence[Tensor]) -> Tensor | None:
 
 
 class _JointProduct:
-    """One matrix product for several projections that are called with the same input."""
+    """One matrix product for several projections that are called with the same input.
 
-    def __init__(self, parts: list[nn.Linear], weight: Tensor) -> None:
+    Queries, keys and values of a long prompt are apart: each has memory of its own then, which goes
+    as soon as it is done with.
+    """
+
+    def __init__(self, parts: list[nn.Linear], weight: Tensor, *, of_attention: bool) -> None:
+        self.parts, self.of_attention = parts, of_attention
         biases = [part.bias for part in parts if part.bias is not None]
         self.weight, self.bias = weight, _joint(biases) if biases else None
         self.sizes = [part.out_features for part in parts]
@@ -70,6 +76,9 @@ class _JointProduct:
 
     def forward_of(self, place: int) -> Forward:
         def forward(x: Tensor) -> Tensor:
+            if self.of_attention and is_long(x.shape[-2]):
+                part = self.parts[place]
+                return nn.functional.linear(x, part.weight, part.bias)
             if self.input is not x or self.outputs[place] is None:
                 out = nn.functional.linear(x, self.weight, self.bias)
                 self.input, self.outputs = x, [*out.split(self.sizes, -1)]
@@ -145,14 +154,19 @@ class Fused:
             for names in JOINT:
                 parts: list[Any] = [getattr(module, part, None) for part in names]
                 if all(type(part) is nn.Linear for part in parts):
-                    self._add_joint(parts)
+                    self._add_joint(parts, of_attention="q_proj" in names)
 
-    def _add_joint(self, parts: list[nn.Linear]) -> None:
+    def _add_joint(self, parts: list[nn.Linear], *, of_attention: bool) -> None:
         weight = _joint([part.weight for part in parts])
         if weight is None:
             return
-        product = _JointProduct(parts, weight)
+        product = _JointProduct(parts, weight, of_attention=of_attention)
         self.forwards += [(part, product.forward_of(i)) for i, part in enumerate(parts)]
+
+    @property
+    def modules(self) -> frozenset[nn.Module]:
+        """Those that have another forward while it is applied."""
+        return frozenset(module for module, _ in self.forwards)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

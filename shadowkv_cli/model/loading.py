@@ -52,6 +52,14 @@ class LoadedModel:
     random_weights: bool
     fused: Fused | None = None
 
+    @property
+    def weight_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.config.get_text_config().hidden_size)
+
     def check(self, specs: list[MethodSpec], total_tokens: int) -> None:
         """Raise UsageError where a method or a length is impossible for the model."""
         for spec in specs:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from shadowkv_cli.errors import UsageError
+from shadowkv_cli.methods.tiles import is_long
 from shadowkv_cli.model.fused import Fused, replaced
-from shadowkv_cli.model.rotary import rotary_module
+from shadowkv_cli.model.long_prompts import OutputProjection, rotating_in_place, tiled
+from shadowkv_cli.model.rotary import attention_modules, rotary_module
+
+ROTATION = "apply_rotary_pos_emb"
 
 IMPLEMENTATION = "shadowkv"
-MLP_TILE_TOKENS = 8192
 
 
 class Attends(Protocol):
@@ -31,10 +34,15 @@ class Attends(Protocol):
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
 
+    def end_layer(self) -> None:
+        """All of a layer of a long prompt has been issued."""
+
     def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 _active: Attends | None = None
+_outputs: dict[nn.Module, OutputProjection] = {}
+"""Of each attention module, while a session is attached."""
 
 
 def _attention(
@@ -58,6 +66,8 @@ def _attention(
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = _active.attention(module.layer_idx, query, key, value, scale)
+    if module in _outputs:
+        _outputs[module].offer(query)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -65,16 +75,15 @@ AttentionInterface.register(IMPLEMENTATION, _attention)
 AttentionMaskInterface.register(IMPLEMENTATION, lambda *args, **kwargs: None)
 
 
-def _tiled(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Run a module that treats tokens one by one in tiles of the sequence, to bound its memory."""
+def _mlp(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Run an MLP in tiles; it is the last of its layer."""
+    run_tiles = tiled(forward)
 
     def run(x: Tensor) -> Tensor:
-        if x.shape[1] <= MLP_TILE_TOKENS:
-            return forward(x)
-        out = torch.empty_like(x)
-        for start in range(0, x.shape[1], MLP_TILE_TOKENS):
-            tile = slice(start, start + MLP_TILE_TOKENS)
-            out[:, tile] = forward(x[:, tile])
+        out = run_tiles(x)
+        if is_long(x.shape[1]):
+            assert _active is not None
+            _active.end_layer()
         return out
 
     return run
@@ -100,13 +109,25 @@ def attached(model: PreTrainedModel, session: Attends) -> Iterator[None]:
         stack.enter_context(replaced(rotary_module(model), rotary))
         if session.fused is not None:
             stack.enter_context(session.fused.applied())
+        fused = session.fused.modules if session.fused is not None else frozenset()
         for name, module in model.named_modules():
             if name.split(".")[-1] == "mlp":
-                stack.enter_context(replaced(module, _tiled(module.forward)))
+                stack.enter_context(replaced(module, _mlp(module.forward)))
+            elif type(module).__name__.endswith("Norm") and module not in fused:
+                stack.enter_context(replaced(module, tiled(module.forward)))
+        attention = attention_modules(model)
+        family: Any = importlib.import_module(type(attention[0]).__module__)
+        stack.callback(setattr, family, ROTATION, getattr(family, ROTATION))
+        setattr(family, ROTATION, rotating_in_place(getattr(family, ROTATION)))
+        for module in attention:
+            if type(module.o_proj) is nn.Linear:
+                _outputs[module] = OutputProjection(module.o_proj)
+                stack.enter_context(replaced(module.o_proj, _outputs[module].forward))
         model.set_attn_implementation(IMPLEMENTATION)
         _active = session
         try:
             yield
         finally:
             _active = None
+            _outputs.clear()
             model.set_attn_implementation(before)

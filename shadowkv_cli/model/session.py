@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+import gc
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from shadowkv_cli.config import MethodSpec, ShadowKVSpec
+from shadowkv_cli.config import MethodSpec
 from shadowkv_cli.console import notice
-from shadowkv_cli.errors import ShadowKVError
 from shadowkv_cli.methods import (
     Group,
     Prompt,
@@ -22,6 +22,8 @@ from shadowkv_cli.methods import (
 )
 from shadowkv_cli.model import exact_attention
 from shadowkv_cli.model.batch import Batch, Parts
+from shadowkv_cli.model.compression import Compression
+from shadowkv_cli.model.failures import MethodFailure, blaming, specs_of
 from shadowkv_cli.model.forward import last_logits
 from shadowkv_cli.model.loading import LoadedModel
 from shadowkv_cli.model.patches import attached
@@ -31,26 +33,11 @@ from shadowkv_cli.model.step_graph import StepGraph, Stepped
 Phase = Literal["prefill", "append", "decode"]
 
 
-class MethodFailure(ShadowKVError):
-    """Something failed in the rows of some methods; one of the `suspects` did it."""
-
-    def __init__(self, suspects: Sequence[MethodSpec], reason: str) -> None:
-        super().__init__(reason)
-        self.suspects = list(dict.fromkeys(suspects))
-
-
-@contextmanager
-def _blaming(suspects: Sequence[MethodSpec]) -> Iterator[None]:
-    """Turn what fails in the work of some methods into their `MethodFailure`."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise MethodFailure(suspects, reason) from error
-
-
-def _specs_of(group: Group, rows: Iterable[int]) -> list[MethodSpec]:
-    return [group.rows[row].spec for row in rows]
+def _allocated_bytes(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 0
+    gc.collect()  # so that nothing of an earlier session goes meanwhile
+    return torch.cuda.memory_allocated(device)
 
 
 class Session:
@@ -83,6 +70,7 @@ class Session:
             captures: on a GPU, a step whose rows allow it is one CUDA graph.
         """
         self.loaded, self.fused = loaded, loaded.fused
+        before = _allocated_bytes(loaded.device)
         self.specs = list(specs)
         self.num_prompts = num_prompts
         self.new_tokens = new_tokens
@@ -98,18 +86,26 @@ class Session:
         )
         rows = [Row(spec, p) for p in range(num_prompts) for spec in specs]
         self.groups = build_groups(rows, self.store, new_tokens, merge_cells=merge_cells)
+        self.compress(beside=True)
         self._captures = captures
         self._graphs: dict[Batch, StepGraph | None] = {}  # None: this batch can't be captured
         # Graphs are captured for few sizes of a batch; a CPU has none, and would work for nothing.
         self._decode_all(self.groups, padded=loaded.device.type != "cpu")
         self.lengths = torch.zeros(num_prompts, dtype=torch.long, device=loaded.device)
+        self.held_bytes = _allocated_bytes(loaded.device) - before
+        """On a GPU: what the store and the groups take beside the model."""
         self.backend_asked, self.backend = backend, ""
+        self.attention_tflops: float | None = None  # of the backend in its trial
         self.context_tokens = 0  # of the longest row, the token that is being run included
         self.phase: Phase = "decode"
         self.longest = 0  # prompt, in tokens
         self.used = 0  # places behind the prompts, of the row that has most
         self._prompt: Prompt | None = None  # the one that is being prefilled
         self._tables: dict[tuple[float, ...], int] = {}
+
+    def compress(self, *, beside: bool) -> None:
+        """Let methods take in a layer beside the model, on a GPU, or between its layers."""
+        self._compression = Compression(self.store, self.groups, self.specs, beside=beside)
 
     def focus(self, spec: MethodSpec, lanes: int = 1, captures: bool | None = None) -> None:
         """Decode one cell alone from now on, unpadded; needs a session that merges no cells.
@@ -197,24 +193,36 @@ class Session:
         if self.phase != "prefill":
             return self._append_layer(layer, q, k, v, scale)
         assert self._prompt is not None
-        out = exact_attention.attend(self.backend, q, k, v, scale)
-        with _blaming([s for s in self.specs if isinstance(s, ShadowKVSpec)] or self.specs):
-            self.store.add_layer(layer, self._prompt, k[0], v[0])
-        for _, group in self.groups:
-            with _blaming(_specs_of(group, range(len(group.rows)))):
-                group.prefill_layer(layer, self._prompt, q[0], k[0], v[0])
+        ready = self._compression.mark()
+        out = self._attend_exactly(q, k, v, scale)
+        self._compression.take_in(layer, self._prompt, q[0], k[0], v[0], ready)
         return out
+
+    def end_layer(self) -> None:
+        """Let go of the keys and values of a layer that the methods have taken in."""
+        if self.phase == "prefill":
+            self._compression.end_layer()
+
+    def _attend_exactly(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Attend to the whole prompt; a package that fails here after all is replaced."""
+        try:
+            return exact_attention.attend(self.backend, q, k, v, scale)
+        except Exception as error:
+            if not exact_attention.give_up(self.backend, error):
+                raise
+        self.choose_backend()
+        return exact_attention.attend(self.backend, q, k, v, scale)
 
     def _append_layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         decoding = self.batch.decoding
         if len(decoding) == 1 and len(self.batch) == self.batch.bucket:
             (_, group), *_ = decoding
-            with _blaming(_specs_of(group, range(len(group.rows)))):
+            with blaming(specs_of(group, range(len(group.rows)))):
                 group.append(layer, k, v)
                 return group.attend(layer, q, scale)
         out = torch.zeros_like(q)
         for index, (_, group) in zip(self.batch.index, self.batch.decoding, strict=True):
-            with _blaming(_specs_of(group, range(len(group.rows)))):
+            with blaming(specs_of(group, range(len(group.rows)))):
                 group.append(layer, k[index], v[index])
                 out[index] = group.attend(layer, q[index], scale)
         return out
@@ -230,13 +238,14 @@ class Session:
         """Find the exact attention of the prefill; the first time on a GPU takes a trial."""
         shape = self.loaded.shape
         heads = (shape.num_q_heads, shape.num_kv_heads, shape.head_dim)
-        self.backend = exact_attention.choose(
+        choice = exact_attention.choose(
             self.backend_asked,
             self.loaded.device,
             self.loaded.dtype,
             heads,
             self.store.prompt_tokens,
         )
+        self.backend, self.attention_tflops = choice.backend, choice.tflops
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int], *, index: int = 0, key: str = "") -> Tensor:
@@ -250,6 +259,7 @@ class Session:
             positions = torch.arange(len(ids), device=self.loaded.device)[None]
             return self._forward("prefill", tokens, positions, 0)[0, 0]
         finally:
+            self._compression.finish()
             self._prompt = None
 
     def decode_step(self, tokens: Tensor) -> Tensor:
@@ -343,7 +353,7 @@ class Session:
         for places, group in self.batch.decoding:
             broken = [i for i, place in enumerate(places) if not flags[place]]
             if broken:
-                raise MethodFailure(_specs_of(group, broken), "the logits are not finite")
+                raise MethodFailure(specs_of(group, broken), "the logits are not finite")
 
     def _logits(self, phase: Phase, tokens: Tensor, counts: Tensor | None) -> Tensor:
         """Logits [R, V] of each row's last token; room for the tokens is made."""

@@ -35,6 +35,9 @@ class _Recorder:
     def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         return self.cos[None], self.sin[None]
 
+    def end_layer(self) -> None:
+        """Nothing is left to do."""
+
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if layer in self.keys:
             self.twice.add(layer)

@@ -45,7 +45,8 @@ def load_tokenizer(
 
     if shape_named(name) is not None:
         raise UsageError(
-            f"{name} has random weights and no tokenizer: only bench takes it, without --data."
+            f"{name} has random weights and no tokenizer of its own: name that of a model; the "
+            "shape then reads the data with it."
         )
     ours = tokenizer_folder(name, offline=offline)
     path = name if ours is None else str(ours)

@@ -1,0 +1,152 @@
+"""Hold measured prefills against the project's targets.
+
+    python -m shadowkv_cli.bench.prefill_targets results/gpu-prefill
+
+Reads the rows of `bench.prefill_speed` and writes `targets.json` beside them. Ratios are of figures
+that one GPU gave in one process where there are such, else of the best of all.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shadowkv_cli.bench.judging import Target, judge, write_and_print
+from shadowkv_cli.errors import UsageError
+from shadowkv_cli.results import read_run
+from shadowkv_cli.rowlog import Row
+
+CONTEXT = 122_880
+SAMPLE_CONTEXT = 131_072
+NUM_SAMPLES = 13 * 96
+"""Of the published evaluation: RULER's tasks with 96 samples each."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rows that did not fail, looked up by what they measured."""
+
+    rows: Sequence[Row]
+
+    def _of(self, measure: str, variant: str, length: int) -> list[Row]:
+        key = (measure, variant, length)
+        return [r for r in self.rows if (r["measure"], r["variant"], r["context_length"]) == key]
+
+    def seconds(
+        self, measure: str, variant: str = "", length: int = CONTEXT, backend: str | None = None
+    ) -> float | None:
+        """The best, of one backend or of all."""
+        found = [
+            r["seconds"]
+            for r in self._of(measure, variant, length)
+            if backend in (None, r["backend"])
+        ]
+        return min(found, default=None)
+
+    def best_backend(self, length: int = CONTEXT) -> str | None:
+        """Of attention alone."""
+        rows = self._of("attention", "", length)
+        return min(rows, key=lambda r: r["seconds"])["backend"] if rows else None
+
+    def parts(self, length: int = CONTEXT) -> float | None:
+        """Seconds of the best attention alone and the matrix products alone, all layers."""
+        attention = self.seconds("attention", length=length)
+        products = self.seconds("products", length=length)
+        if attention is None or products is None:
+            return None
+        layers = self._of("products", "", length)[0]["num_layers"]
+        return float(layers * (attention + products))
+
+    def over_parts(self) -> float | None:
+        return _ratio(self.seconds("prefill", backend=self.best_backend()), self.parts())
+
+    def compression_share(self) -> float | None:
+        """What one configuration adds to a prefill, in percent."""
+        best = self.best_backend()
+        kept, plain = (
+            self.seconds("kept", "beside", backend=best),
+            self.seconds("prefill", backend=best),
+        )
+        added = _ratio(kept, plain)
+        return None if added is None else 100 * (added - 1)
+
+    def share_of_a_chunk_size(self) -> float | None:
+        """What each further chunk size adds to it, in percent."""
+        one, four = (self.seconds("chunk sizes", variant) for variant in ("1", "4"))
+        added = _ratio(four, one)
+        return None if added is None else 100 * (added - 1) / 3
+
+    def sweep_over_evaluation(self) -> float | None:
+        return _ratio(
+            self.seconds("sample", "24 cells"), self.seconds("sample", "full and shadowkv")
+        )
+
+    def official_seconds(self, length: int) -> float | None:
+        """Prefill with SDPA's flash, and an SVD a layer: computed from the measured parts."""
+        prefill, svd = (
+            self.seconds("prefill", length=length, backend="flash"),
+            self._of("svd", "", length),
+        )
+        if prefill is None or not svd:
+            return None
+        return float(prefill + svd[0]["num_layers"] * svd[0]["seconds"])
+
+    def published_hours(self, gpus: int) -> float | None:
+        """Hours of the published evaluation, computed from one measured sample."""
+        sample = self.seconds("sample", "full and shadowkv", SAMPLE_CONTEXT)
+        return None if sample is None else NUM_SAMPLES * sample / gpus / 3600
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a and b else None
+
+
+TARGETS: Sequence[Target[Measured]] = (
+    Target("prefill over the sum of its parts", 1.10, "x", Measured.over_parts, is_limit=True),
+    Target("prefill with one configuration, flash-attn-4", 9.3, "s",
+           lambda m: m.seconds("kept", "beside", backend="flash-attn-4"), is_limit=True),
+    Target("prefill with one configuration, cudnn", 10.3, "s",
+           lambda m: m.seconds("kept", "beside", backend="cudnn"), is_limit=True),
+    Target("one configuration, of the prefill", 4.0, "%", Measured.compression_share,
+           is_limit=True),
+    Target("each further chunk size, of the prefill", 1.0, "%", Measured.share_of_a_chunk_size,
+           is_limit=True),
+    Target("accuracy phase of 24 cells over one evaluation", 1.5, "x",
+           Measured.sweep_over_evaluation, is_limit=True),
+    Target("sample of 131,072 tokens, full and shadowkv, 128 new tokens each", 14.0, "s",
+           lambda m: m.seconds("sample", "full and shadowkv", SAMPLE_CONTEXT), is_limit=True),
+    Target("official design's prefill, 122,880 tokens, computed from parts", None, "s",
+           lambda m: m.official_seconds(CONTEXT)),
+    Target("official design's prefill, 131,072 tokens, computed from parts", None, "s",
+           lambda m: m.official_seconds(SAMPLE_CONTEXT)),
+    Target("262,144 tokens, shadowkv alone, 16 new tokens", None, "s",
+           lambda m: m.seconds("sample", "shadowkv", 262_144)),
+    Target("524,288 tokens, shadowkv alone, 16 new tokens", None, "s",
+           lambda m: m.seconds("sample", "shadowkv", 524_288)),
+    Target("published evaluation, one GPU, computed from a sample", None, "h",
+           lambda m: m.published_hours(1)),
+    Target("published evaluation, eight GPUs, computed from a sample", None, "h",
+           lambda m: m.published_hours(8)),
+)  # fmt: skip
+
+
+def show(folder: Path) -> None:
+    """Write and print the targets of a run. Raises UsageError where there is none."""
+    run = read_run(folder)
+    measured = Measured([row for row in run.prefill if row["error"] is None])
+    write_and_print(judge(TARGETS, measured, run), folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("run", type=Path, help="folder of measured prefills")
+    try:
+        show(parser.parse_args().run)
+    except UsageError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
