@@ -39,6 +39,14 @@ GRID = [
     Sizes(device=DEVICE, rows=4, prompts=1, group=12, chunk_size=37, chunks=70, fixed=(0, 3)),
 ]  # fmt: skip
 SIZES = [*GRID, *(random_sizes(seed, device=DEVICE) for seed in range(16))]
+MANY_MISSES = Sizes(device=DEVICE, rows=8, heads=8, chunk_size=1, chunks=700, wanted=600, slots=800)
+"""Of which a block of `fetch_values` from the host gets more than it finds at a time."""
+HIGH_RANKS = [
+    Sizes(device=DEVICE, dim=128, pairs=64, rank=161, wanted=20, slots=30),
+    Sizes(device=DEVICE, dim=96, pairs=48, rank=333, spare=1, dtype=FP16, interleaved=True),
+    Sizes(device=DEVICE, rank=1024, prompts=1),
+]
+"""More columns than a block of `rebuild_keys` has under way at a time."""
 
 
 def case_name(sizes: Sizes) -> str:
@@ -206,7 +214,7 @@ def test_update_residency(sizes: Sizes) -> None:
             assert torch.equal(tables[key], theirs[key]), (sizes, step, key)
 
 
-@every_size
+@pytest.mark.parametrize("sizes", [*SIZES, MANY_MISSES], ids=case_name)
 @pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("fp8", [False, True])
 def test_fetch_values(sizes: Sizes, pinned: bool, fp8: bool) -> None:
@@ -269,7 +277,7 @@ def test_fetch_values_moves_any_bytes(dtype: torch.dtype, dim: int) -> None:
     assert same_bits(arguments["buffer"], theirs["buffer"])
 
 
-@every_size
+@pytest.mark.parametrize("sizes", [*SIZES, *HIGH_RANKS], ids=case_name)
 def test_rebuild_keys(sizes: Sizes) -> None:
     arguments = cases.rebuild_arguments(sizes)
     plain, exact = copied(arguments), in_float32(copied(arguments))
