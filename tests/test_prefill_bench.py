@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from shadowkv_cli.bench import prefill_figures, prefill_parts, prefill_speed
-from shadowkv_cli.bench.judging import FILE
+from shadowkv_cli.bench.judging import FILE, write_and_print
 from shadowkv_cli.bench.prefill_figures import PARTS, Figure, figures
 from shadowkv_cli.bench.prefill_speed import Bench
-from shadowkv_cli.bench.prefill_targets import CONTEXT, SAMPLE_CONTEXT, TARGETS, Measured, show
+from shadowkv_cli.bench.prefill_targets import CONTEXT, SAMPLE_CONTEXT, TARGETS, Measured, compare
 from shadowkv_cli.cells import build_specs
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.model import exact_attention
@@ -94,7 +94,7 @@ def test_every_figure_is_measured_once_and_kept(tmp_path: Path, capsys) -> None:
             again.measure(figure)
     assert read_run(tmp_path / "run").prefill == rows
     assert not capsys.readouterr().err, "nothing is loaded for nothing"
-    show(tmp_path / "run")
+    write_and_print(compare(tmp_path / "run"), tmp_path / "run")
     targets = json.loads((tmp_path / "run" / FILE).read_text())
     assert len(targets) == len(TARGETS)
     assert {t["commit"] for t in targets} == {"abc"}
@@ -194,7 +194,10 @@ ROWS = [
 
 def test_targets_follow_from_the_rows() -> None:
     measured = Measured(ROWS)
-    found = {t.name: (t.measure(measured), t.met(t.measure(measured))) for t in TARGETS}
+    found = {
+        t.name: (t.measure(measured), t.met(t.measure(measured), t.wanted(measured)))
+        for t in TARGETS
+    }
     expected = [
         (8.9 / (32 * 0.263), True),
         (9.1, True),
@@ -212,11 +215,11 @@ def test_targets_follow_from_the_rows() -> None:
 
 
 def test_what_was_not_measured_is_neither_met_nor_missed(tmp_path: Path) -> None:
-    assert all(t.measure(Measured([])) is None and t.met(None) is None for t in TARGETS)
+    assert all(t.measure(Measured([])) is None and t.met(None, 1.0) is None for t in TARGETS)
     slow = [{**r, "seconds": 3 * r["seconds"]} for r in ROWS]
-    assert TARGETS[1].met(TARGETS[1].measure(Measured(slow))) is False
+    assert TARGETS[1].met(TARGETS[1].measure(Measured(slow)), 9.3) is False
     with pytest.raises(UsageError, match="no run"):
-        show(tmp_path / "nothing")
+        compare(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("arguments", [["--parts", "layer,all"], []])

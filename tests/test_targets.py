@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from shadowkv_cli.bench import targets
+from shadowkv_cli.bench.judging import target_table
 from shadowkv_cli.bench.markdown import replace_section, section
-from shadowkv_cli.bench.targets import TARGETS, Run, compare, target_table
+from shadowkv_cli.bench.targets import TARGETS, Run, compare
 from shadowkv_cli.errors import UsageError
 
 ROOT = Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"""Figures that were to be reached, beside what a run measured."""
+"""Figures that were to be reached, beside what runs measured: as targets.json and as a table."""
 
 from __future__ import annotations
 
@@ -8,70 +8,99 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from shadowkv_cli.bench.markdown import markdown_table
 from shadowkv_cli.console import print_table
+from shadowkv_cli.errors import UsageError
 from shadowkv_cli.results import Run
 from shadowkv_cli.rowlog import write_atomic
 
 FILE = "targets.json"
 HEADS = ["target", "wanted", "measured", "unit", ""]
-R = TypeVar("R")
+M = TypeVar("M")
 
 
 @dataclass(frozen=True)
-class Target(Generic[R]):
+class Target(Generic[M]):
     """A figure to be reached: at least `target`, or at most if `is_limit`.
 
-    Attributes:
-        target: None: the figure is reported alone.
-        measure: looks the figure up in what was measured; None where it was not.
+    `target` may be of what was measured itself; None: the figure is reported alone.
     """
 
     name: str
-    target: float | None
+    target: float | Callable[[M], float | None] | None
     unit: str
-    measure: Callable[[R], float | None]
+    measure: Callable[[M], float | None]
     is_limit: bool = False
 
-    def met(self, measured: float | None) -> bool | None:
+    def wanted(self, measured: M) -> float | None:
+        return self.target(measured) if callable(self.target) else self.target
+
+    def met(self, figure: float | None, wanted: float | None) -> bool | None:
         """None where there is nothing to tell."""
-        if measured is None or self.target is None:
+        if figure is None or wanted is None:
             return None
-        return measured <= self.target if self.is_limit else measured >= self.target
+        return figure <= wanted if self.is_limit else figure >= wanted
 
 
-def judge(targets: Sequence[Target[R]], measured: R, run: Run) -> list[dict[str, Any]]:
-    """Each target beside what was measured; command, commit and device from the run's manifest."""
-    environment = run.manifest["environment"]
-    gpu, git = environment.get("gpu") or {}, environment.get("git") or {}
-    earlier = [session["command"] for session in run.manifest.get("earlier_sessions", [])]
-    commands = dict.fromkeys(" ".join(told) for told in [*earlier, run.manifest["command"]])
+def check_one_device(runs: Sequence[Run]) -> None:
+    """Raise UsageError for runs of different devices, whose figures do not belong together."""
+    devices = dict.fromkeys(map(_device, runs))
+    if len(devices) > 1:
+        raise UsageError(f"The runs were made on different devices: {', '.join(map(str, devices))}")
+
+
+def judge(targets: Sequence[Target[M]], measured: M, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Each target beside what the runs measured; commit and device are the first run's."""
+    git = runs[0].manifest["environment"].get("git") or {}
+    commands = dict.fromkeys(" ".join(told) for run in runs for told in _commands(run))
     rows = []
     for target in targets:
-        found = target.measure(measured)
+        figure, wanted = target.measure(measured), target.wanted(measured)
         rows.append(
             {
                 "name": target.name,
-                "target": target.target,
+                "target": _rounded(wanted),
                 "sense": "at most" if target.is_limit else "at least",
-                "measured": None if found is None else round(found, 3),
+                "measured": _rounded(figure),
                 "unit": target.unit,
-                "met": target.met(found),
+                "met": target.met(figure, wanted),
                 "command": " && ".join(commands),
                 "commit": git.get("commit"),
-                "device": gpu.get("name"),
+                "device": _device(runs[0]),
             }
         )
     return rows
 
 
-def write_and_print(rows: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Write `targets.json` into a run's folder and print it as a table."""
-    write_atomic(folder / FILE, json.dumps(rows, indent=1) + "\n")
-    print_table("Targets", HEADS, [_as_cells(row) for row in rows], [])
+def _commands(run: Run) -> list[list[str]]:
+    """All command lines that a run was measured with, the last one last."""
+    earlier = [session["command"] for session in run.manifest.get("earlier_sessions", [])]
+    return [*earlier, run.manifest["command"]]
+
+
+def _device(run: Run) -> str | None:
+    name: str | None = (run.manifest["environment"].get("gpu") or {}).get("name")
+    return name
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
 
 
 def _as_cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table: target, wanted, measured, unit, verdict."""
     wanted = "reported" if row["target"] is None else f"{row['sense']} {row['target']:.4g}"
     measured = "not measured" if row["measured"] is None else f"{row['measured']:.3g}"
     verdict = {True: "met", False: "not met", None: ""}[row["met"]]
     return [row["name"], wanted, measured, row["unit"], verdict]
+
+
+def target_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of a targets.json in Markdown."""
+    return markdown_table(HEADS, [_as_cells(row) for row in rows])
+
+
+def write_and_print(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Write targets.json into a run's folder and print it as a table."""
+    write_atomic(folder / FILE, json.dumps(rows, indent=1) + "\n")
+    print_table("Targets", HEADS, [_as_cells(row) for row in rows], [])

@@ -157,16 +157,12 @@ def _in_the_engine(
     }
 
 
-def _weight_bytes(session: Session) -> int:
-    return sum(parameter.nbytes for parameter in session.loaded.model.parameters())
-
-
 def _phase_bytes(session: Session, case: Case, hits: float | None) -> dict[str, float]:
     """What each phase of a step must move at the hit rate that was measured."""
     return plan.phase_bytes(
         case.spec,
         session.loaded.shape,
-        _weight_bytes(session),
+        session.loaded.weight_bytes,
         case.prompt_tokens,
         case.batch_size,
         hit_rate=hits or 0.0,
@@ -182,7 +178,7 @@ def _predicted(session: Session, case: Case, hits: float | None) -> float | None
     found = plan.phase_ms(
         case.spec,
         loaded.shape,
-        _weight_bytes(session),
+        session.loaded.weight_bytes,
         probe,
         case.prompt_tokens,
         case.batch_size,

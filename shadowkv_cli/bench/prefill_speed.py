@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from shadowkv_cli.bench import prefill_parts, prefill_runs, prefill_targets, probes
+from shadowkv_cli.bench.judging import write_and_print
 from shadowkv_cli.bench.prefill_figures import PARTS, Figure, figures
 from shadowkv_cli.config import parse_token_count, split_list
 from shadowkv_cli.console import format_bytes, notice, print_table
@@ -178,7 +179,7 @@ def main() -> None:
         parser.exit(error.exit_code, f"{parser.prog}: {error}\n")
     title = "Prefills; attention, products, ops, low rank and svd are those of one layer"
     print_table(title, COLUMNS, rows, [])
-    prefill_targets.show(args.output)
+    write_and_print(prefill_targets.compare(args.output), args.output)
 
 
 if __name__ == "__main__":

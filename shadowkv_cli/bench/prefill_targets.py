@@ -2,8 +2,9 @@
 
     python -m shadowkv_cli.bench.prefill_targets results/gpu-prefill
 
-Reads the rows of `bench.prefill_speed` and writes `targets.json` beside them. Ratios are of figures
-that one GPU gave in one process where there are such, else of the best of all.
+Reads the rows of `bench.prefill_speed`, takes the best time of each figure, and writes
+`targets.json` beside them. `--readme FILE` puts the table between `<!-- prefill targets -->` and
+`<!-- /prefill targets -->` of a file.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from shadowkv_cli.bench.judging import Target, judge, write_and_print
+from shadowkv_cli.bench.judging import Target, judge, target_table, write_and_print
+from shadowkv_cli.bench.markdown import replace_section
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.results import read_run
 from shadowkv_cli.rowlog import Row
 
+SECTION = "prefill targets"
 CONTEXT = 122_880
 SAMPLE_CONTEXT = 131_072
 NUM_SAMPLES = 13 * 96
@@ -132,20 +136,24 @@ TARGETS: Sequence[Target[Measured]] = (
 )  # fmt: skip
 
 
-def show(folder: Path) -> None:
-    """Write and print the targets of a run. Raises UsageError where there is none."""
+def compare(folder: Path) -> list[dict[str, Any]]:
+    """Each target beside what a run measured. Raises UsageError where there is none."""
     run = read_run(folder)
-    measured = Measured([row for row in run.prefill if row["error"] is None])
-    write_and_print(judge(TARGETS, measured, run), folder)
+    return judge(TARGETS, Measured([r for r in run.prefill if r["error"] is None]), [run])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("run", type=Path, help="folder of measured prefills")
+    parser.add_argument("--readme", type=Path, help="put the table into this file, too")
+    given = parser.parse_args()
     try:
-        show(parser.parse_args().run)
+        rows = compare(given.run)
+        if given.readme:
+            replace_section(given.readme, SECTION, target_table(rows))
     except UsageError as error:
         parser.error(str(error))
+    write_and_print(rows, given.run)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from shadowkv_cli.bench.markdown import markdown_table, replace_section
-from shadowkv_cli.console import print_table
+from shadowkv_cli.bench.judging import (
+    Target,
+    check_one_device,
+    judge,
+    target_table,
+    write_and_print,
+)
+from shadowkv_cli.bench.markdown import replace_section
 from shadowkv_cli.errors import UsageError
-from shadowkv_cli.results import Run as StoredRun
 from shadowkv_cli.results import read_run
-from shadowkv_cli.rowlog import Row, write_atomic
+from shadowkv_cli.rowlog import Row
 from shadowkv_cli.run_config import EAGER
 
 SECTION = "targets"
@@ -134,33 +139,13 @@ class Run:
         return max(rows, key=lambda r: r["batch_size"])[field] if rows else None
 
 
+DecodeTarget = Target[Run]
 Measure = Callable[[Run], float | None]
 
 
-@dataclass(frozen=True)
-class Target:
-    """A figure to be reached: at least `target`, or at most if `is_limit`.
-
-    `target` may be of what the run measured itself; None: the figure is reported alone.
-    """
-
-    name: str
-    target: float | Measure | None
-    unit: str
-    measure: Measure
-    is_limit: bool = False
-
-    def wanted(self, run: Run) -> float | None:
-        return self.target(run) if callable(self.target) else self.target
-
-    def met(self, measured: float | None, wanted: float | None) -> bool | None:
-        """None where there is nothing to tell."""
-        if measured is None or wanted is None:
-            return None
-        return measured <= wanted if self.is_limit else measured >= wanted
-
-
-def _ratio(name: str, target: float | Measure | None, unit: str = "x full", **of: Any) -> Target:
+def _ratio(
+    name: str, target: float | Measure | None, unit: str = "x full", **of: Any
+) -> DecodeTarget:
     cell = Cell(**of)
     return Target(name, target, unit, lambda run: run.over_full(cell))
 
@@ -170,7 +155,7 @@ def _as_good_as_at_the_context(run: Run) -> float | None:
     return None if ratio is None else AS_GOOD * ratio
 
 
-TARGETS: Sequence[Target] = (
+TARGETS: Sequence[DecodeTarget] = (
     _ratio("exact bf16, hits driven to 60 %", 4.0, hits=0.59),
     _ratio("exact bf16, LRU buffer of 4 times, hits driven to 88 %", 6.5, buffer=4.0),
     _ratio("values fp8, 88 %", 8.5, values="fp8"),
@@ -210,46 +195,9 @@ def compare(folders: Sequence[Path]) -> list[dict[str, Any]]:
     cut off.
     """
     runs = [read_run(folder) for folder in folders]
-    first = runs[0]
-    devices = dict.fromkeys(map(_device, runs))
-    if len(devices) > 1:
-        raise UsageError(f"The runs were made on different devices: {', '.join(map(str, devices))}")
+    check_one_device(runs)
     rows = [row for run in runs for row in run.throughput if row["error"] is None]
-    run = Run(rows, _speeds_of_ops(folders[0]))
-    git = first.manifest["environment"].get("git") or {}
-    commands = dict.fromkeys(" ".join(told) for run in runs for told in _commands(run))
-    compared = []
-    for target in TARGETS:
-        measured, wanted = target.measure(run), target.wanted(run)
-        compared.append(
-            {
-                "name": target.name,
-                "target": _rounded(wanted),
-                "sense": "at most" if target.is_limit else "at least",
-                "measured": _rounded(measured),
-                "unit": target.unit,
-                "met": target.met(measured, wanted),
-                "command": " && ".join(commands),
-                "commit": git.get("commit"),
-                "device": _device(first),
-            }
-        )
-    return compared
-
-
-def _commands(run: StoredRun) -> list[list[str]]:
-    """All command lines that a run was measured with, the last one last."""
-    earlier = [session["command"] for session in run.manifest.get("earlier_sessions", [])]
-    return [*earlier, run.manifest["command"]]
-
-
-def _device(run: StoredRun) -> str | None:
-    name: str | None = (run.manifest["environment"].get("gpu") or {}).get("name")
-    return name
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)
+    return judge(TARGETS, Run(rows, _speeds_of_ops(folders[0])), runs)
 
 
 def _speeds_of_ops(folder: Path) -> list[Row]:
@@ -265,22 +213,6 @@ def _speeds_of_ops(folder: Path) -> list[Row]:
     return rows
 
 
-def _as_cells(row: dict[str, Any]) -> list[str]:
-    """A row of the table: target, wanted, measured, unit, verdict."""
-    wanted = "reported" if row["target"] is None else f"{row['sense']} {row['target']:.4g}"
-    measured = "not measured" if row["measured"] is None else f"{row['measured']:.3g}"
-    verdict = {True: "met", False: "not met", None: ""}[row["met"]]
-    return [row["name"], wanted, measured, row["unit"], verdict]
-
-
-HEADS = ["target", "wanted", "measured", "unit", ""]
-
-
-def target_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of a targets.json in Markdown."""
-    return markdown_table(HEADS, [_as_cells(row) for row in rows])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("run", type=Path, nargs="+", help="folders of decode benchmarks")
@@ -292,8 +224,7 @@ def main() -> None:
             replace_section(given.readme, SECTION, target_table(rows))
     except UsageError as error:
         parser.error(str(error))
-    write_atomic(given.run[0] / "targets.json", json.dumps(rows, indent=1) + "\n")
-    print_table("Targets", HEADS, [_as_cells(row) for row in rows], [])
+    write_and_print(rows, given.run[0])
 
 
 if __name__ == "__main__":
