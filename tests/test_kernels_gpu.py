@@ -42,10 +42,11 @@ SIZES = [*GRID, *(random_sizes(seed, device=DEVICE) for seed in range(16))]
 MANY_MISSES = Sizes(device=DEVICE, rows=8, heads=8, chunk_size=1, chunks=700, wanted=600, slots=800)
 """Of which a block of `fetch_values` from the host gets more than it finds at a time."""
 HIGH_RANKS = [
-    Sizes(device=DEVICE, dim=128, pairs=64, rank=161, wanted=20, slots=30),
+    Sizes(device=DEVICE, dim=128, pairs=64, rank=161, wanted=20, slots=30,
+          poison=False),
     Sizes(device=DEVICE, dim=96, pairs=48, rank=333, spare=1, dtype=FP16, interleaved=True),
     Sizes(device=DEVICE, rank=1024, prompts=1),
-]
+]  # fmt: skip
 """More columns than a block of `rebuild_keys` has under way at a time."""
 
 
