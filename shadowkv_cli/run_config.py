@@ -118,7 +118,7 @@ class BenchSettings:
         state: random keys and values; or a real prefill of random tokens, or of prompts.
         share: cells of one length and batch read one copy of the prompts' data.
         hit_rates: that cells which fetch are driven to, by queries that drift; None: as it comes.
-        lanes: parts of a batch whose fetches overlap, each tried; none: two from four rows on.
+        lanes: parts of a batch whose fetches overlap, each tried; none: by the number of rows.
         graphs: whether a step is one CUDA graph, each tried; none: on a GPU it is.
         eager_baseline: time full attention in transformers' own forward, too.
         one_at_a_time: other lanes and graphs than the first only of a method's first cell, and one

@@ -2,7 +2,6 @@
 #include "common/dispatch.h"
 #include "common/stream.h"
 #include "select_scores.cuh"
-#include "select_stream.cuh"
 #include "select_top.cuh"
 
 namespace shadowkv {
@@ -36,26 +35,16 @@ void check_landmarks(const char* op, const Tensor& landmarks, const std::optiona
     check_words(landmarks, op, "landmarks", query);
   }
   const int64_t per_chunk = landmarks.size(3);
-  SHADOWKV_CHECK(per_chunk == 1 || per_chunk == 2 || per_chunk == 4, op,
-                 "landmarks must be 1, 2 or 4 a chunk, got ", per_chunk);
+  SHADOWKV_CHECK(per_chunk >= 1 && per_chunk <= SEGMENT, op, "landmarks must be 1 to ", SEGMENT,
+                 " a chunk, got ", per_chunk);
   check_contiguous(op, "landmarks", landmarks);
 }
 
-/// A segment, of which there are `p.segments` a row and head, is what a block or a warp scores.
 template <typename T, typename Stored, int D>
-void launch_scores(SelectParams& p, int64_t rows, const Device& device) {
-  if constexpr (std::is_same_v<T, float>) {
-    const size_t bytes = p.group * SCORE_STRIDE * sizeof(float);
-    score_chunks<Stored, D>
-        <<<dim3(p.segments, p.heads, rows), SCORE_WARPS * 32, bytes, device.stream()>>>(p);
-  } else {
-    const int64_t planes = rows * p.heads;
-    constexpr size_t BYTES = STREAM_WARPS * Ring<Stored, D>::BYTES;
-    device.allow_shared(stream_scores<T, Stored, D>, BYTES);
-    const int blocks = ceil_div(planes * p.segments, STREAM_WARPS * UNITS_A_WARP);
-    stream_scores<T, Stored, D>
-        <<<blocks, STREAM_WARPS * 32, BYTES, device.stream()>>>(p, static_cast<int>(planes));
-  }
+void launch_scores(const SelectParams& p, int64_t rows, const Device& device) {
+  const size_t bytes = p.group * SCORE_STRIDE * sizeof(float);
+  score_chunks<T, Stored, D>
+      <<<dim3(p.segments, p.heads, rows), SCORE_WARPS * 32, bytes, device.stream()>>>(p);
   device.check_launch();
 }
 
@@ -115,12 +104,12 @@ Tensor select_chunks(Tensor query, Tensor landmarks, std::optional<Tensor> landm
   p.chunks = static_cast<int>(chunks);
   p.per_chunk = static_cast<int>(parts);
   p.max_chunks = static_cast<int>(max_chunks);
-  const bool streamed = query.scalar_type() != ScalarType::Float;
-  p.segments = ceil_div(chunks * parts, streamed ? UNIT : SEGMENT);
+  p.segment_chunks = static_cast<int>(SEGMENT / parts);
+  p.segments = ceil_div(chunks, p.segment_chunks);
   p.scale = static_cast<float>(scale * 1.4426950408889634);
   p.ids = static_cast<int*>(ids.data_ptr());
 
-  p.logit_stride = ceil_div(chunks, UNIT) * UNIT;
+  p.logit_stride = ceil_div(chunks, 4) * 4;  // whole 16-byte words
   const bool in_shared = chunks <= MOST_SHARED_CHUNKS;
   Tensor logits = scratch(query, rows * q_heads * p.logit_stride, ScalarType::Float);
   Tensor totals = scratch(query, rows * q_heads * p.segments * 2, ScalarType::Float);

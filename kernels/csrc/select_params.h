@@ -18,7 +18,7 @@ struct SelectParams {
   int64_t excluded_row, excluded_head;
   const int* budget_chunks;  // [R]
   int heads, group, chunks, per_chunk, max_chunks, logit_stride;
-  int segments;  // of each row and head, which the first kernel scores one by one
+  int segments, segment_chunks;  // a block of the first kernel scores a segment of the chunks
   float scale;                   // holds log2 e: logits are in base 2
   float* logits;                 // [R, Hq, logit_stride], minus infinity where a chunk is barred
   float2* totals;                // [R, Hq, segments]: highest logit, sum of 2^(logit - highest)

@@ -1,5 +1,7 @@
-// First kernel of select_chunks in float32: one read of the landmarks, all query heads at once.
+// First kernel of select_chunks: one read of the landmarks, all query heads of a group at once.
 #pragma once
+
+#include <type_traits>
 
 #include "common/block.cuh"
 #include "common/fp8.cuh"
@@ -7,11 +9,110 @@
 
 namespace shadowkv {
 
-/// Products of a segment's landmarks and the queries into scores [G, SCORE_STRIDE], a landmark a
-/// warp.
+/// How a lane reads landmarks [*, D] on the way to the tensor cores: of eight at a time one, pieces
+/// of so many bytes, each beside those of its three neighbours.
 template <typename Stored, int D>
-__device__ void score_landmarks(const SelectParams& p, const float* queries,
-                                const Stored* landmarks, int count, float* scores) {
+struct Pieces {
+  static constexpr int BYTES = D * sizeof(Stored) % 64 == 0 ? 16 : 8;
+  static constexpr int WORDS = BYTES / 4;
+  static constexpr int DIMS = BYTES / sizeof(Stored);
+  static constexpr int COUNT = D / 4 / DIMS;
+  static constexpr int TILES = 16 / COUNT;  // of eight landmarks: so many loads are in flight
+
+  static __device__ void load(const Stored* from, uint64_t policy, uint32_t (&words)[WORDS]) {
+    if constexpr (BYTES == 16) {
+      const uint4 four = load_once(from, policy);
+      words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+    } else {
+      const uint2 two = load_once_8(from, policy);
+      words[0] = two.x, words[1] = two.y;
+    }
+  }
+
+  /// The two operands of the `step`-th product of a piece: four dimensions a lane.
+  static __device__ uint2 operands(const uint32_t (&words)[WORDS], int step) {
+    if constexpr (sizeof(Stored) == 1) {
+      return make_uint2(halves_of(words[step], 0), halves_of(words[step], 1));
+    } else {
+      return make_uint2(words[2 * step], words[2 * step + 1]);
+    }
+  }
+};
+
+/// Four elements as two registers of another type of the same size.
+template <typename To, typename From>
+__device__ uint2 converted(uint2 four) {
+  if constexpr (std::is_same_v<To, From>) return four;
+  From x[4];
+  memcpy(x, &four, sizeof(x));
+  return make_uint2(pack<To>(to_float(x[0]), to_float(x[1])),
+                    pack<To>(to_float(x[2]), to_float(x[3])));
+}
+
+/// Products of a segment's landmarks and the queries into scores [G, SCORE_STRIDE].
+///
+/// Landmarks go from memory to registers, and the query is permuted in the same way, so that the
+/// product does not see the order of the dimensions. Those in 8 bits are multiplied as halves.
+template <typename T, typename Stored, int D>
+__device__ void score_landmarks(const SelectParams& p, const T* queries, const Stored* landmarks,
+                                int count, float* scores) {
+  using Product = std::conditional_t<sizeof(Stored) == 1, __half, T>;
+  using Piece = Pieces<Stored, D>;
+  constexpr int STEPS = Piece::DIMS / 4;
+  const int lane = threadIdx.x % 32, quad = lane % 4;
+  uint32_t query[D / 16][4];
+#pragma unroll
+  for (int s = 0; s < D / 16; ++s) {
+    const int d = (s / STEPS * 4 + quad) * Piece::DIMS + s % STEPS * 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int g = lane / 4 + half * 8;
+      uint2 four = make_uint2(0, 0);
+      if (g < p.group) {
+        four = converted<Product, T>(*reinterpret_cast<const uint2*>(queries + g * D + d));
+      }
+      query[s][half] = four.x, query[s][half + 2] = four.y;
+    }
+  }
+  constexpr int TILES = Piece::TILES;
+  const uint64_t policy = evict_first();
+  for (int first = threadIdx.x / 32 * TILES * 8; first < count; first += SCORE_WARPS * TILES * 8) {
+    uint32_t words[TILES][Piece::COUNT][Piece::WORDS];
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) {
+      // Beyond the last landmark the last one is read again; its logits are never looked at.
+      const Stored* row =
+          landmarks + static_cast<int64_t>(min(first + n * 8 + lane / 4, count - 1)) * D;
+#pragma unroll
+      for (int j = 0; j < Piece::COUNT; ++j) {
+        Piece::load(row + (j * 4 + quad) * Piece::DIMS, policy, words[n][j]);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) {
+      float c[4] = {};
+#pragma unroll
+      for (int s = 0; s < D / 16; ++s) {
+        const uint2 b = Piece::operands(words[n][s / STEPS], s % STEPS);
+        multiply_add<Product>(c, query[s], b.x, b.y);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int g = lane / 4 + half * 8;
+        // A segment may end within the tiles: what lies behind is another head's, or nothing.
+        if (g < p.group && first + n * 8 < SEGMENT) {
+          *reinterpret_cast<float2*>(scores + g * SCORE_STRIDE + first + n * 8 + quad * 2) =
+              make_float2(c[half * 2], c[half * 2 + 1]);
+        }
+      }
+    }
+  }
+}
+
+/// The same in float32, a landmark a warp.
+template <typename Stored, int D>
+__device__ void score_landmarks_float(const SelectParams& p, const float* queries,
+                                      const Stored* landmarks, int count, float* scores) {
   constexpr int OWN = D / 32;
   const int lane = threadIdx.x % 32;
   float query[MAX_QUERY_GROUP][OWN];
@@ -51,20 +152,24 @@ __device__ inline float combine(const float* products, const float* scales, int 
 }
 
 /// Grid [segments, Hk, R]: logits of a segment's chunks, and the total of their softmax.
-template <typename Stored, int D>
+template <typename T, typename Stored, int D>
 __global__ void __launch_bounds__(SCORE_WARPS * 32)
     score_chunks(const __grid_constant__ SelectParams p) {
   extern __shared__ __align__(16) float scores[];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, segment_chunks = SEGMENT / p.per_chunk;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t r = blockIdx.z, head = blockIdx.y, first_head = (r * p.heads + head) * p.group;
   const int64_t prompt = p.prompt_index[r];
-  const int first = blockIdx.x * segment_chunks;
-  const int end = min(first + segment_chunks, min(p.num_chunks[r], p.chunks));
+  const int first = blockIdx.x * p.segment_chunks;
+  const int end = min(first + p.segment_chunks, min(p.num_chunks[r], p.chunks));
   const int count = max(end - first, 0);
-  const float* queries = static_cast<const float*>(p.query) + first_head * D;
+  const T* queries = static_cast<const T*>(p.query) + first_head * D;
   const Stored* landmarks = static_cast<const Stored*>(p.landmarks) + prompt * p.landmark_prompt +
                             head * p.landmark_head + static_cast<int64_t>(first) * p.per_chunk * D;
-  score_landmarks<Stored, D>(p, queries, landmarks, count * p.per_chunk, scores);
+  if constexpr (sizeof(T) == 4) {
+    score_landmarks_float<Stored, D>(p, queries, landmarks, count * p.per_chunk, scores);
+  } else {
+    score_landmarks<T, Stored, D>(p, queries, landmarks, count * p.per_chunk, scores);
+  }
   __syncthreads();
 
   const bool* excluded = p.excluded + r * p.excluded_row + head * p.excluded_head + first;

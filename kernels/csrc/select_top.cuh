@@ -32,66 +32,38 @@ struct TopRoom {
   uint32_t keys[MOST_TIED];
   int ids[MOST_TIED];
   uint64_t scan[33];
-  float2 parts[MAX_QUERY_GROUP][SELECT_THREADS / 32];
   float norms[MAX_QUERY_GROUP], highest[MAX_QUERY_GROUP];
   int bin, above, tied;
   uint32_t cut_key;
   int cut_id;
 };
 
-/// Two totals of a softmax, highest logit and sum of 2^(logit - highest), as one.
-__device__ inline float2 merge_totals(float2 a, float2 b) {
-  const float highest = fmaxf(a.x, b.x);
-  return make_float2(highest, a.y * weight(a.x, highest) + b.y * weight(b.x, highest));
-}
-
-__device__ inline float2 merge_warp(float2 total) {
-#pragma unroll
-  for (int lanes = 16; lanes; lanes /= 2) {
-    total = merge_totals(total, make_float2(__shfl_xor_sync(ALL_LANES, total.x, lanes),
-                                            __shfl_xor_sync(ALL_LANES, total.y, lanes)));
-  }
-  return total;
-}
-
-/// The total of each query head, over all segments; some heads at a time, all threads for each.
-__device__ inline void find_totals(const SelectParams& p, int64_t plane, TopRoom& room) {
-  constexpr int HEADS = 4, WARPS = SELECT_THREADS / 32;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int first = 0; first < p.group; first += HEADS) {
-    float2 own[HEADS];
-#pragma unroll
-    for (int i = 0; i < HEADS; ++i) own[i] = make_float2(-INFINITY, 0.f);
-    for (int s = threadIdx.x; s < p.segments; s += SELECT_THREADS) {
-#pragma unroll
-      for (int i = 0; i < HEADS; ++i) {
-        if (first + i < p.group) {
-          own[i] = merge_totals(own[i], p.totals[(plane * p.group + first + i) * p.segments + s]);
-        }
-      }
+/// log2 of the softmax's sum and the highest logit of each query head, a warp a head.
+__device__ inline void find_norms(const SelectParams& p, int64_t plane, float* norms,
+                                  float* highest_logits) {
+  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  for (int g = threadIdx.x / 32; g < p.group; g += warps) {
+    const float2* totals = p.totals + (plane * p.group + g) * p.segments;
+    float highest = -INFINITY, total = 0;
+    for (int s = lane; s < p.segments; s += 32) highest = fmaxf(highest, totals[s].x);
+    highest = warp_max(highest);
+    for (int s = lane; s < p.segments; s += 32) {
+      total += totals[s].y * weight(totals[s].x, highest);
     }
-#pragma unroll
-    for (int i = 0; i < HEADS; ++i) {
-      const float2 total = merge_warp(own[i]);
-      if (lane == 0 && first + i < p.group) room.parts[first + i][warp] = total;
-    }
-  }
-  __syncthreads();
-  for (int g = warp; g < p.group; g += WARPS) {
-    const float2 total =
-        merge_warp(lane < WARPS ? room.parts[g][lane] : make_float2(-INFINITY, 0.f));
+    total = warp_sum(total);
     if (lane == 0) {
-      room.norms[g] = total.x == -INFINITY ? 0.f : total.x + log2f(total.y);
-      room.highest[g] = total.x;
+      norms[g] = highest == -INFINITY ? 0.f : highest + log2f(total);
+      highest_logits[g] = highest;
     }
   }
 }
 
-/// Keys of four neighbouring chunks a thread; `each` is told every score.
+/// Keys of four neighbouring chunks a thread; `count` says what to do with each score.
 template <typename F>
 __device__ void rank_chunks(const SelectParams& p, int64_t plane, int count, const float* norms,
                             uint32_t* keys, F&& each) {
   const float* logits = p.logits + plane * p.group * p.logit_stride;
+#pragma unroll 2
   for (int first = threadIdx.x * 4; first < count; first += blockDim.x * 4) {
     float best[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
 #pragma unroll 4
@@ -176,7 +148,7 @@ __device__ inline void write_chosen(TopRoom& room, const uint32_t* keys, int cou
 ///
 /// SHARED: the keys of a plane, a multiple of four, fit shared memory beside the room.
 template <bool SHARED>
-__global__ void __launch_bounds__(SELECT_THREADS, SHARED ? 3 : 1)
+__global__ void __launch_bounds__(SELECT_THREADS, SHARED ? 2 : 1)
     select_best(const __grid_constant__ SelectParams p) {
   extern __shared__ __align__(16) char shared[];
   __shared__ DigitRoom<SELECT_DIGIT_BITS> digits;
@@ -189,7 +161,7 @@ __global__ void __launch_bounds__(SELECT_THREADS, SHARED ? 3 : 1)
 
   for (int i = threadIdx.x; i < SELECT_BINS; i += blockDim.x) room.bins[i] = 0;
   if (threadIdx.x == 0) room.tied = 0;
-  find_totals(p, plane, room);
+  find_norms(p, plane, room.norms, room.highest);
   __syncthreads();
   float best = -INFINITY;
   for (int g = 0; g < p.group; ++g) best = fmaxf(best, room.highest[g] - room.norms[g]);

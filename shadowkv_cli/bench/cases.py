@@ -81,8 +81,8 @@ class Case:
         return self.spec.resident_layers
 
 
-LANES_FROM = 4
-"""Rows from which a batch is worked on in two lanes, if the method fetches from the host."""
+ROWS_A_LANE, MOST_LANES = 2, 4
+"""A batch of a method that fetches from the host is worked on in lanes of at least so many rows."""
 
 
 def _ways(case: Case, settings: BenchSettings, *, is_first: bool) -> list[Case]:
@@ -96,7 +96,7 @@ def _ways(case: Case, settings: BenchSettings, *, is_first: bool) -> list[Case]:
     fetches = isinstance(spec, ShadowKVSpec) and spec.value_placement == "host"
     if fetches:
         lanes = list(dict.fromkeys(min(count, batch) for count in settings.lanes))
-        lanes = lanes or [2 if batch >= LANES_FROM else 1]
+        lanes = lanes or [max(1, min(batch // ROWS_A_LANE, MOST_LANES))]
     graphs = settings.graphs or (True,)
     pairs = list(itertools.product(lanes, graphs))
     if settings.one_at_a_time:

@@ -41,11 +41,26 @@ __device__ inline uint4 load_once(const void* from) {
   return out;
 }
 
-__device__ inline uint2 load_once_8(const void* from) {
+/// A hint for what is read once and must not drive out of the L2 cache what is read again.
+__device__ inline uint64_t evict_first() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ inline uint4 load_once(const void* from, uint64_t policy) {
+  uint4 out;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
+               : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
+               : "l"(from), "l"(policy));
+  return out;
+}
+
+__device__ inline uint2 load_once_8(const void* from, uint64_t policy) {
   uint2 out;
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v2.u32 {%0,%1}, [%2], %3;"
                : "=r"(out.x), "=r"(out.y)
-               : "l"(from));
+               : "l"(from), "l"(policy));
   return out;
 }
 
