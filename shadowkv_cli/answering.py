@@ -129,24 +129,20 @@ class Answerer:
         waiting, rows, number, told = [list(specs)], [], first_pass, False
         while waiting:
             batch = waiting.pop(0)
-            suspects: list[MethodSpec] = []
             try:
                 rows += self._one_pass(sample, ids, batch, number)
                 number += 1
                 continue
             except (MethodFailure, MemoryError, RuntimeError) as error:
-                reason = one_line(error)
-                if not is_out_of_memory(error):
-                    if not isinstance(error, MethodFailure):
-                        raise
-                    suspects = error.suspects
-            # Only here, when the error has gone, can its tensors go.
-            others = [spec for spec in batch if spec not in (suspects or [FULL])]
-            if not suspects:
+                full, reason = is_out_of_memory(error), one_line(error)
+                suspects = error.suspects if isinstance(error, MethodFailure) else []
+                if not full and not suspects:
+                    raise
+            if full:  # only here, when the error has gone, can its tensors go
                 self._let_go()
                 if not told:
                     notice(f"Out of memory on {sample.id}: what does not fit is recorded.")
-                told = True
+                told, others = True, [spec for spec in batch if spec != FULL]
                 if FULL in batch and others:
                     waiting[:0] = [[FULL], others]
                 else:
@@ -154,6 +150,7 @@ class Answerer:
                 continue
             if FULL in suspects:
                 raise ShadowKVError(f"Full attention failed on {sample.id}: {reason}")
+            others = [spec for spec in batch if spec not in suspects]
             pair = [FULL] if FULL in batch else []
             if len(suspects) == 1:
                 rows.append(self._failed_row(sample, suspects[0], number, reason))

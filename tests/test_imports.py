@@ -26,7 +26,7 @@ LAYER |= {"options": COMMAND, "option_groups": COMMAND, "commands": COMMAND, "cl
 
 WITHOUT_MODELS = (
     *("tasks", "plots", "plotting", "tables", "frontier", "rescoring", "reporting"),
-    *("averages", "activity", "length_averages", "paper_rows"),
+    *("averages", "activity", "length_averages", "paper_rows", "times"),
 )
 MODELS = {"ops", "methods", "model", "bench"}
 
