@@ -14,8 +14,8 @@ namespace {
 /// Enough to fill the bus, and few enough that the other processors work on something else.
 constexpr int HOST_BLOCKS = 32;
 constexpr int COPY_BLOCKS_A_PROCESSOR = 4;
-/// Rows times heads whose misses are counted in shared memory: 152 KiB, and a tile fits beside.
-constexpr int64_t MOST_PLANES = 38 * 1024;
+/// Rows times heads whose misses are counted in shared memory: 160 KiB.
+constexpr int64_t MOST_PLANES = 40 * 1024;
 
 bool has_whole_chunks(const Tensor& t) {
   return (t.size(4) <= 1 || t.stride(4) == 1) && (t.size(3) <= 1 || t.stride(3) == t.size(4));

@@ -24,16 +24,7 @@ struct FetchParams {
 };
 
 constexpr int FETCH_THREADS = 256;
-/// Blocks that must find registers on one processor: at most 64 a thread, beside other kernels.
-constexpr int FETCH_BLOCKS_A_PROCESSOR = 4;
-constexpr int LOADS_IN_FLIGHT = 8;
-
-/// The chunks that a block copies at a time, found by one thread each.
-struct CopyTile {
-  const char* from[FETCH_THREADS];
-  char* to[FETCH_THREADS];
-  float scale[FETCH_THREADS];
-};
+constexpr int LOADS_IN_FLIGHT = 4;
 
 /// Where the misses of each row and head begin when all are laid end to end, into
 /// `starts` [planes + 1] in shared memory; the last is how many there are.
@@ -60,26 +51,6 @@ __device__ inline int plane_of(const int* starts, int planes, int miss) {
     (starts[middle] <= miss ? low : high) = middle;
   }
   return low;
-}
-
-/// Find the chunk that is the `miss`-th of all missing ones, as this thread's of the tile.
-template <bool SCALED>
-__device__ inline void find_chunk(const FetchParams& p, const int* starts, int miss,
-                                  CopyTile& tile) {
-  const int plane = plane_of(starts, p.planes, miss);
-  const int row = plane / p.heads, head = plane - row * p.heads;
-  const int prompt = p.prompt_index[row];
-  const int64_t table = static_cast<int64_t>(plane) * p.wanted;
-  const int64_t place = table + p.misses[table + miss - starts[plane]];
-  const int id = p.ids[place], slot = p.slots[place];
-  tile.from[threadIdx.x] =
-      p.values + prompt * p.value_prompt + head * p.value_head + id * p.value_chunk;
-  tile.to[threadIdx.x] =
-      p.buffer + row * p.buffer_row + head * p.buffer_head + slot * p.buffer_slot;
-  if constexpr (SCALED) {
-    const int64_t of_head = static_cast<int64_t>(prompt) * p.heads + head;
-    tile.scale[threadIdx.x] = p.scales[of_head * p.chunks + id];
-  }
 }
 
 /// Four elements in 8 bits, times their scale, as T.
@@ -117,64 +88,56 @@ __device__ inline void store_converted(const Word& word, float scale, char* to) 
   }
 }
 
-/// Copy the words of a tile's chunks, laid end to end: the threads take one each, and so on.
-template <typename Word, typename T, bool CONVERTS>
-__device__ inline void copy_tile(const CopyTile& tile, int count, int words) {
-  // A step of the whole block in chunks and words: no division in the loop.
-  const int chunks = FETCH_THREADS / words, rest = FETCH_THREADS - chunks * words;
-  int chunk = static_cast<int>(threadIdx.x) / words;
-  int word = static_cast<int>(threadIdx.x) - chunk * words;
-  auto step = [&] {
-    chunk += chunks;
-    word += rest;
-    if (word >= words) word -= words, ++chunk;
-  };
-  while (chunk < count) {
-    const int first_chunk = chunk, first_word = word;
-    const Word* from[LOADS_IN_FLIGHT];
-#pragma unroll
-    for (int i = 0; i < LOADS_IN_FLIGHT; ++i, step()) {
-      from[i] = chunk < count ? reinterpret_cast<const Word*>(tile.from[chunk]) + word : nullptr;
-    }
-    Word held[LOADS_IN_FLIGHT];
-#pragma unroll
-    for (int i = 0; i < LOADS_IN_FLIGHT; ++i) {
-      // Not cached: the host may write new values between two launches.
-      if (from[i]) held[i] = __ldcv(from[i]);
-    }
-    // The same way again: registers hold words, not where they go.
-    chunk = first_chunk, word = first_word;
-#pragma unroll
-    for (int i = 0; i < LOADS_IN_FLIGHT; ++i, step()) {
-      if (chunk >= count) continue;
-      char* to = tile.to[chunk] + word * static_cast<int64_t>(sizeof(Word) * sizeof(T));
-      if constexpr (CONVERTS) {
-        store_converted<T>(held[i], tile.scale[chunk], to);
-      } else {
-        *reinterpret_cast<Word*>(to) = held[i];
-      }
-    }
-  }
-}
-
-/// A block takes an even share of all missing chunks laid end to end. T is what a byte of the
+/// A warp takes 128 words at a time of all missing chunks laid end to end. T is what a byte of the
 /// values becomes: itself, or an element of the buffer.
 template <typename Word, typename T = uint8_t>
-__global__ void __launch_bounds__(FETCH_THREADS, FETCH_BLOCKS_A_PROCESSOR)
+__global__ void __launch_bounds__(FETCH_THREADS)
     copy_chunks(const __grid_constant__ FetchParams p) {
+  constexpr int BATCH = 32 * LOADS_IN_FLIGHT;
   constexpr bool CONVERTS = !std::is_same_v<T, uint8_t>;
   extern __shared__ int starts[];
-  __shared__ CopyTile tile;
   find_starts(p, starts);
-  const int64_t total = starts[p.planes];
-  const int first = static_cast<int>(total * blockIdx.x / gridDim.x);
-  const int end = static_cast<int>(total * (blockIdx.x + 1) / gridDim.x);
-  for (int base = first; base < end; base += FETCH_THREADS) {
-    const int count = min(end - base, FETCH_THREADS), own = static_cast<int>(threadIdx.x);
-    if (own < count) find_chunk<CONVERTS>(p, starts, base + own, tile);
-    __syncthreads();
-    copy_tile<Word, T, CONVERTS>(tile, count, p.words);
-    __syncthreads();  // The next chunks take the place of these.
+  const int lane = threadIdx.x % 32;
+  const int64_t warp = (static_cast<int64_t>(blockIdx.x) * FETCH_THREADS + threadIdx.x) / 32;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * (FETCH_THREADS / 32) * BATCH;
+  const int64_t total = static_cast<int64_t>(starts[p.planes]) * p.words;
+  for (int64_t first = warp * BATCH; first < total; first += step) {
+    Word held[LOADS_IN_FLIGHT];
+    char* to[LOADS_IN_FLIGHT];
+    [[maybe_unused]] float scales[LOADS_IN_FLIGHT];
+#pragma unroll
+    for (int i = 0; i < LOADS_IN_FLIGHT; ++i) {
+      const int64_t word = first + i * 32 + lane;
+      to[i] = nullptr;
+      if (word < total) {
+        const int miss = static_cast<int>(word / p.words);
+        const int64_t offset = (word - static_cast<int64_t>(miss) * p.words) * sizeof(Word);
+        const int plane = plane_of(starts, p.planes, miss);
+        const int row = plane / p.heads, head = plane - row * p.heads;
+        const int64_t table = static_cast<int64_t>(plane) * p.wanted;
+        const int64_t place = table + p.misses[table + miss - starts[plane]];
+        const int prompt = p.prompt_index[row], id = p.ids[place];
+        // Not cached: the host may write new values between two launches.
+        held[i] = __ldcv(reinterpret_cast<const Word*>(p.values + prompt * p.value_prompt +
+                                                       head * p.value_head + id * p.value_chunk +
+                                                       offset));
+        to[i] = p.buffer + row * p.buffer_row + head * p.buffer_head +
+                p.slots[place] * p.buffer_slot + offset * static_cast<int64_t>(sizeof(T));
+        if constexpr (CONVERTS) {
+          const int64_t of_head = static_cast<int64_t>(prompt) * p.heads + head;
+          scales[i] = p.scales[of_head * p.chunks + id];
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < LOADS_IN_FLIGHT; ++i) {
+      if (!to[i]) continue;
+      if constexpr (CONVERTS) {
+        store_converted<T>(held[i], scales[i], to[i]);
+      } else {
+        *reinterpret_cast<Word*>(to[i]) = held[i];
+      }
+    }
   }
 }
 
