@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 LAUNCH_US: Mapping[str, float] = {
     "dense": 17,
-    "select": 30,
+    "select": 22,
     "residency": 7,
     "fetch": 8,
     "rebuild": 27,
@@ -29,7 +29,8 @@ LAUNCH_US: Mapping[str, float] = {
 
 SHARE: Mapping[str, float] = {
     "dense": 0.94,
-    "select": 0.7,
+    "select": 0.89,
+    "select in fp8": 0.48,  # half the bytes take the same products and as many logits
     "fetch": 0.95,
     "rebuild": 0.25,
     "attention": 0.65,
@@ -143,9 +144,9 @@ def phase_ms(
     moved = phase_bytes(spec, shape, weight_bytes, prompt_tokens, batch, hit_rate=hit_rate)
     layers, read = shape.num_layers, probe.memory_read_gb_s
 
-    def phase(name: str, launches: int, gb_s: float = read) -> float:
+    def phase(name: str, launches: int, gb_s: float = read, kind: str = "") -> float:
         fixed = layers * launches * LAUNCH_US[name] / 1e3
-        return fixed + moved[name] / (gb_s * 1e6 * SHARE[name])
+        return fixed + moved[name] / (gb_s * 1e6 * SHARE[kind or name])
 
     rows_ms = layers * batch * DENSE_ROW_US / 1e3
     found = {"dense": phase("dense", 1) + rows_ms}
@@ -155,7 +156,8 @@ def phase_ms(
     found["attention"] = phase("attention", lanes)
     if isinstance(spec, ShadowKVSpec):
         tables = 1 if spec.key_buffer == spec.value_buffer else 2
-        found["select"] = phase("select", lanes)
+        kind = "select in fp8" if spec.landmark_dtype == "fp8" else "select"
+        found["select"] = phase("select", lanes, kind=kind)
         found["residency"] = layers * lanes * tables * LAUNCH_US["residency"] / 1e3
         found["rebuild"] = phase("rebuild", lanes)
         forms, bus = spec.value_forms(layers), probe.zero_copy_gather_gb_s or probe.h2d_gb_s
