@@ -49,16 +49,19 @@ def top_chunks(scores: Tensor, budget_chunks: Tensor, max_chunks: int) -> Tensor
         budget_chunks: int32 [R], chunks wanted per row.
         max_chunks: N, the most that any row wants.
     """
-    best, ids = scores.topk(min(max_chunks, scores.shape[-1]), dim=-1)
-    wanted = budget_chunks.clamp(max=best.shape[-1])[:, None, None]
-    last = best.gather(2, (wanted - 1).clamp_min(0).long().expand(-1, best.shape[1], -1))
-    enough = (scores >= last).sum(-1, keepdim=True)
-    # On a GPU looking whether there are ties would wait for it.
-    if scores.is_cuda or bool((enough > wanted).any()):
-        ids, best = _lower_of_ties(scores, last, wanted, best.shape[-1])
-    rank = torch.arange(best.shape[-1], device=best.device)
-    unwanted = (rank >= wanted) | torch.isneginf(best)
     chunks = scores.shape[-1]
+    count = min(max_chunks, chunks)
+    # One more than are wanted, to see whether it has the score of the last.
+    best, ids = scores.topk(min(count + 1, chunks), dim=-1)
+    wanted = budget_chunks.clamp(max=count)[:, None, None]
+    ends = torch.cat((wanted - 1, wanted), -1).clamp_(0, best.shape[-1] - 1).long()
+    last, after = best.gather(2, ends.expand(-1, best.shape[1], -1)).split(1, -1)
+    best, ids = best[..., :count], ids[..., :count]
+    # On a GPU looking whether there are ties would wait for it.
+    if scores.is_cuda or bool((after == last).any()):
+        ids, best = _lower_of_ties(scores, last, wanted, count)
+    rank = torch.arange(count, device=best.device)
+    unwanted = (rank >= wanted) | torch.isneginf(best)
     ids = ids.masked_fill(unwanted, chunks).sort(-1).values
     ids = ids.masked_fill_(ids == chunks, -1).to(torch.int32)
     return F.pad(ids, (0, max_chunks - ids.shape[-1]), value=-1)
@@ -98,8 +101,9 @@ def _reference(
     beyond = torch.arange(chunks, device=query.device) >= num_chunks[:, None]
     barred = (excluded | beyond[:, None])[:, :, None]
     # The logarithm of the softmax has its order and does not underflow into ties.
-    scores = scores.masked_fill(barred, float("-inf")).log_softmax(-1)
-    best_of_group = scores.masked_fill(barred, float("-inf")).amax(2)
+    best_of_group = torch.where(barred, float("-inf"), scores).log_softmax(-1).amax(2)
+    # The softmax of a row whose every chunk is barred is not a number.
+    best_of_group = torch.where(barred[:, :, 0], float("-inf"), best_of_group)
     return top_chunks(best_of_group, budget_chunks, max_chunks)
 
 
