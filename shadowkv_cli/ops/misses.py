@@ -27,8 +27,12 @@ def list_misses(flags: Tensor) -> tuple[Tensor, Tensor]:
         int32 [R, Hk, N], the places of the true ones, ascending, then -1, and int32 [R, Hk], how
         many there are.
     """
+    return list_places(flags.reshape(-1).nonzero()[:, 0], flags)
+
+
+def list_places(flat: Tensor, flags: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, given where they are as places of all flags in a row: int64 [M]."""
     wanted = flags.shape[-1]
-    flat = flags.reshape(-1).nonzero()[:, 0]
     order = flags.cumsum(-1).view(-1).index_select(0, flat)
     place = flat % wanted
     listed = torch.full(flags.shape, -1, dtype=torch.int32, device=flags.device)

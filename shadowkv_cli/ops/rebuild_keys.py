@@ -24,14 +24,10 @@ def _chunks(tokens: Tensor, chunk_size: int) -> Tensor:
     return tokens[:, :whole].unflatten(1, (-1, chunk_size))
 
 
-def _in_order(prompt_index: Tensor, rank: Tensor, columns: int) -> tuple[list[int], list[Factor]]:
-    """Rows sorted so that those of one prompt and rank are neighbours, and what each multiplies."""
-    of_row = [
-        (prompt, min(wanted, columns))
-        for prompt, wanted in zip(prompt_index.tolist(), rank.tolist(), strict=True)
-    ]
-    order = sorted(range(len(of_row)), key=of_row.__getitem__)
-    return order, [of_row[row] for row in order]
+def _factors(prompt_index: Tensor, rank: Tensor, columns: int) -> list[Factor]:
+    """What each row multiplies."""
+    pairs = zip(prompt_index.tolist(), rank.tolist(), strict=True)
+    return [(prompt, min(wanted, columns)) for prompt, wanted in pairs]
 
 
 def _multiply(kept: Tensor, basis: Tensor, factors: list[Factor], counts: list[int]) -> Tensor:
@@ -76,17 +72,19 @@ def _reference(
         "rebuild_keys",
         f"basis has {basis.shape[2]} rows, coefficients {columns} columns",
     )
-    order, factors = _in_order(prompt_index, rank, columns)
-    sorted_rows = torch.tensor(order, device=ids.device)
-    by_head = (x.transpose(0, 1).index_select(1, sorted_rows) for x in (misses, ids, slots))
-    head, place, chunk, slot = missing_chunks(*by_head)
+    factors = _factors(prompt_index, rank, columns)
+    lists = [x.transpose(0, 1) for x in (misses, ids, slots, miss_counts)]
+    order = sorted(range(len(factors)), key=factors.__getitem__)
+    rows = torch.tensor(order, device=ids.device)
+    if factors != (factors := [factors[row] for row in order]):
+        lists = [x.index_select(1, rows) for x in lists]
+    head, row, chunk, slot = missing_chunks(*lists[:3])
     if not head.numel():
         return
-    row = sorted_rows.index_select(0, place)
+    row = rows.index_select(0, row)
     prompt = prompt_index.long().index_select(0, row)
     kept = gather_chunks(_chunks(coefficients, chunk_size), prompt, chunk)  # [M, c, r]
-    counts = miss_counts.t().index_select(1, sorted_rows).flatten().tolist()
-    keys = _multiply(kept, basis, factors, counts)
+    keys = _multiply(kept, basis, factors, lists[3].flatten().tolist())
     table = table_index.long().index_select(0, prompt)
     cosine, sine = (gather_chunks(_chunks(t, chunk_size), table, chunk) for t in (cos, sin))
     turned = rotate(keys, cosine, sine, interleaved)

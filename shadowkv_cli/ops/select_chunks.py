@@ -23,22 +23,29 @@ def landmark_scores(
     Arguments as of `select_chunks`. In fp8 the products are float32's.
     """
     rows, q_heads, dim = query.shape
-    prompts, heads, chunks, per_chunk, _ = landmarks.shape
+    prompts, heads, chunks = landmarks.shape[:3]
     grouped = query.reshape(rows, heads, q_heads // heads, dim)
     if landmark_scales is not None:
         grouped = grouped.float()
+    scales = [None] * prompts if landmark_scales is None else landmark_scales.unbind(0)
+    parts = list(zip(landmarks, scales, strict=True))
+    if prompts == 1:
+        return _scores_on(*parts[0], grouped, scale)
     scores = query.new_empty(rows, heads, q_heads // heads, chunks, dtype=torch.float32)
-    for prompt in range(prompts):
-        of_prompt = slice(None) if prompts == 1 else (prompt_index == prompt).nonzero()[:, 0]
-        folded = grouped[of_prompt].transpose(0, 1).flatten(1, 2)  # [Hk, R*G, D]
-        own = landmarks[prompt]
-        if landmark_scales is not None:
-            own = dequantise(own, landmark_scales[prompt])
-        logits = torch.matmul(folded, own.flatten(1, 2).mT).float() * scale  # [Hk, R*G, C*L]
-        if per_chunk > 1:
-            logits = logits.unflatten(-1, (chunks, per_chunk)).logsumexp(-1)
-        scores[of_prompt] = logits.unflatten(1, (-1, q_heads // heads)).transpose(0, 1)
+    for prompt, part in enumerate(parts):
+        of_prompt = (prompt_index == prompt).nonzero()[:, 0]
+        scores[of_prompt] = _scores_on(*part, grouped[of_prompt], scale)
     return scores
+
+
+def _scores_on(landmarks: Tensor, scales: Tensor | None, grouped: Tensor, scale: float) -> Tensor:
+    """The same of the rows of one prompt: grouped [R, Hk, G, D] on landmarks [Hk, C, L, D]."""
+    folded = grouped.transpose(0, 1).flatten(1, 2)  # [Hk, R*G, D]
+    own = landmarks if scales is None else dequantise(landmarks, scales)
+    logits = torch.matmul(folded, own.flatten(1, 2).mT).float().mul_(scale)  # [Hk, R*G, C*L]
+    if landmarks.shape[2] > 1:
+        logits = logits.unflatten(-1, landmarks.shape[1:3]).logsumexp(-1)
+    return logits.unflatten(1, (grouped.shape[0], grouped.shape[2])).transpose(0, 1)
 
 
 def top_chunks(scores: Tensor, budget_chunks: Tensor, max_chunks: int) -> Tensor:

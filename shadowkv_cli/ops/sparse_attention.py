@@ -90,9 +90,9 @@ def _reference(
     )
     parts = []
     for here, width in _stretches(key_slots):
-        of_rows = (x[here] for x in (query, keys, values))
-        slots = (x[here, :, :width] for x in (key_slots, value_slots))
-        parts.append(_attend(*of_rows, *slots, lengths[here], capacities, chunk_size, scale))
+        slots_here = (key_slots[here, :, :width], value_slots[here, :, :width])
+        planes = (query[here], keys[here], values[here])
+        parts.append(_attend(*planes, *slots_here, lengths[here], capacities, chunk_size, scale))
     if len(parts) == 1:
         return parts[0]
     out, lse = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from shadowkv_cli.ops.library import check, define
-from shadowkv_cli.ops.misses import list_misses
+from shadowkv_cli.ops.misses import list_places
 
 
 def _reference(
@@ -26,8 +26,8 @@ def _reference(
     used = torch.where(hit, now, -1)
     last_used.scatter_reduce_(2, slots.clamp_min(0).long(), used, "amax")
     missing = (ids >= 0) & ~hit
-    misses, counts = list_misses(missing)
     new = missing.view(-1).nonzero()[:, 0]
+    misses, counts = list_places(new, missing)
     if not new.numel():
         return slots, misses, counts
     free = _freed(last_used, now, counts).view(-1).nonzero()[:, 0]
