@@ -215,8 +215,7 @@ class Session:
 
     def _append_layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         decoding = self.batch.decoding
-        in_order = isinstance(self.batch.index[0], slice)
-        if in_order and len(decoding) == 1 and len(self.batch) == self.batch.bucket:
+        if len(decoding) == 1 and len(self.batch) == self.batch.bucket:
             (_, group), *_ = decoding
             with blaming(specs_of(group, range(len(group.rows)))):
                 group.append(layer, k, v)
