@@ -36,6 +36,12 @@ def save_tiny_model(path: Path, **changes) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def tables_have_the_width_of_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest-xdist tells its workers COLUMNS=80, where long names are broken over two lines."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")

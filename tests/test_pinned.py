@@ -10,7 +10,7 @@ import torch
 
 from shadowkv_cli.errors import ShadowKVError
 from shadowkv_cli.methods import pinned
-from shadowkv_cli.methods.pinned import host_memory, idle_bytes, pin
+from shadowkv_cli.methods.pinned import HostMemory, idle_bytes
 
 
 class Runtime:
@@ -36,8 +36,8 @@ class Runtime:
 
 class Owner:
     def __init__(self, *sizes: int) -> None:
-        self.tensors = [host_memory((size,), torch.float16) for size in sizes]
-        pin(self.tensors, self)
+        self.memory = HostMemory(pinned=True)
+        self.tensors = [self.memory.take((size,), torch.float16) for size in sizes]
 
 
 @pytest.fixture
@@ -46,7 +46,6 @@ def runtime(monkeypatch) -> Any:
     monkeypatch.setattr(torch.cuda, "cudart", lambda: fake)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(pinned, "_idle", [])
-    monkeypatch.setattr(pinned, "_registered", set())
     return fake
 
 
@@ -98,11 +97,32 @@ def test_what_cannot_be_pinned_is_told_in_gigabytes(runtime: Runtime) -> None:
     assert idle_bytes() == 4000, "what was pinned before it is not lost"
 
 
+def test_what_was_idle_is_idle_again_when_its_next_owner_fails(runtime: Runtime) -> None:
+    first = Owner(1000, 1000)
+    del first
+    gc.collect()
+    runtime.limit = 5000
+    with pytest.raises(ShadowKVError, match="Cannot pin"):
+        Owner(1000, 3000)
+    gc.collect()
+    assert sorted(runtime.held.values()) == [2000], "the one that was too small is given back"
+    assert idle_bytes() == 2000
+
+
+def test_memory_that_is_not_pinned_is_nobodys_afterwards(runtime: Runtime) -> None:
+    first = HostMemory(pinned=False)
+    assert first.take((1000,), torch.float16).shape == (1000,)
+    del first
+    gc.collect()
+    assert runtime.registered == 0
+    assert idle_bytes() == 0
+
+
 def test_any_dtype_and_shape_is_served_from_the_same_block(runtime: Runtime) -> None:
     first = Owner(4096)
     del first
     gc.collect()
-    again = host_memory((2, 8, 16), torch.float32)
+    again = HostMemory(pinned=True).take((2, 8, 16), torch.float32)
     assert again.dtype == torch.float32
     assert again.is_contiguous()
     assert again.fill_(3).sum() == 3 * 256

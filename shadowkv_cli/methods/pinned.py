@@ -21,28 +21,54 @@ PAGE_BYTES = 4096
 _idle: list[Tensor] = []
 """Pinned blocks that have no owner any more."""
 
-_registered: set[int] = set()
-"""Addresses of all pinned blocks."""
-
 
 def idle_bytes() -> int:
     """Pinned memory that whoever asks next may have."""
     return sum(block.numel() for block in _idle)
 
 
-def host_memory(size: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory of the host in large pages where the system has them: they are quicker to pin.
+class HostMemory:
+    """Memory of the host, in large pages where the system has them: they are quicker to pin.
 
-    Pinned memory that is idle, if it is large enough; else all that is idle is given back first.
+    What is taken from it must not outlive it: a pinned block then goes to the next owner.
     """
-    count = math.prod(size) * dtype.itemsize
-    if not count:
-        return torch.empty(tuple(size), dtype=dtype)
-    block = _take_idle(count)
-    if block is None:
+
+    def __init__(self, *, pinned: bool) -> None:
+        """Begin with nothing; pinned memory needs a GPU."""
+        self._pinned = pinned
+        self._blocks: list[Tensor] = []
+        if pinned:
+            weakref.finalize(self, _leave, self._blocks)
+
+    def take(self, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor that holds anything.
+
+        Pinned memory that is idle, if it is large enough; else all that is idle is given back
+        first. Raises OutOfHostMemory where the system refuses to pin so much.
+        """
+        count = math.prod(size) * dtype.itemsize
+        if not count:
+            return torch.empty(tuple(size), dtype=dtype)
+        block = _take_idle(count) if self._pinned else None
+        if block is None:
+            block = self._pin_new(count) if self._pinned else _map(count)
+        self._blocks.append(block)
+        return block[:count].view(dtype).view(tuple(size))
+
+    def _pin_new(self, count: int) -> Tensor:
+        """Pin a block; torch's own come in powers of two: of 128 GiB that is too much."""
         _give_back()
         block = _map(count)
-    return block[:count].view(dtype).view(tuple(size))
+        # Touched here, on all cores; pinning would do it on one.
+        block[::PAGE_BYTES] = 0
+        status = int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), count, 0))
+        if status:
+            raise OutOfHostMemory(
+                f"Cannot pin {count / 1e9:.1f} GB of host memory after {len(self._blocks)} pieces "
+                f"of that size (CUDA error {status}): use a smaller batch, or raise the limit of "
+                "locked memory (ulimit -l)."
+            )
+        return block
 
 
 def _map(count: int) -> Tensor:
@@ -60,45 +86,13 @@ def _take_idle(count: int) -> Tensor | None:
 
 
 def _give_back() -> None:
-    for block in _idle:
+    while _idle:
+        block = _idle.pop()
         torch.cuda.cudart().cudaHostUnregister(block.data_ptr())
-        _registered.remove(block.data_ptr())
-    _idle.clear()
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """All bytes of the block that a tensor of `host_memory` lies in."""
-    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-
-
-def pin(tensors: Sequence[Tensor], owner: object) -> None:
-    """Pin tensors of `host_memory` for as long as their owner lives; they must not outlive it.
-
-    torch's own pinned memory comes in powers of two: of 128 GiB that is too much. Raises
-    OutOfHostMemory where the system refuses to pin so much.
-    """
-    runtime = torch.cuda.cudart()
-    pinned: list[Tensor] = []
-    weakref.finalize(owner, _leave, pinned)
-    for tensor in tensors:
-        if not tensor.numel():
-            continue
-        block = _whole(tensor)
-        if block.data_ptr() not in _registered:
-            # Touched here, on all cores; pinning would do it on one.
-            block[::PAGE_BYTES] = 0
-            status = int(runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0))
-            if status:
-                raise OutOfHostMemory(
-                    f"Cannot pin {block.nbytes / 1e9:.1f} GB of host memory after {len(pinned)} "
-                    f"pieces of that size (CUDA error {status}): use a smaller batch, or raise the "
-                    "limit of locked memory (ulimit -l)."
-                )
-            _registered.add(block.data_ptr())
-        pinned.append(block)
 
 
 def _leave(blocks: list[Tensor]) -> None:
     """The owner is gone: its blocks are idle as soon as nothing reads them any more."""
-    torch.cuda.synchronize()
-    _idle.extend(blocks)
+    if blocks:
+        torch.cuda.synchronize()
+        _idle.extend(blocks)

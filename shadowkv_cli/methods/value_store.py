@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shadowkv_cli.config import ValueForm
-from shadowkv_cli.methods.pinned import host_memory, pin
+from shadowkv_cli.methods.pinned import HostMemory
 from shadowkv_cli.ops.fp8 import FP8, quantise
 
 EXACT = ValueForm("device")
@@ -43,14 +43,13 @@ class ValueStore:
         prompts, heads, self.tokens, dim = size
         self.held: dict[ValueForm, dict[int, Tensor]] = {}
         self.scales: dict[int, dict[int, Tensor]] = {}
-        on_host: list[Tensor] = []
+        self._host = HostMemory(pinned=device.type == "cuda")
         for layer, form in ((i, form) for i, wanted in enumerate(forms) for form in wanted):
             chunk_size = form.fp8_chunk_size
             room = (prompts, heads, exact_tokens if form == EXACT else self.tokens, dim)
             kept_in = FP8 if chunk_size else dtype
             if form.placement == "host":
-                space = host_memory(room, kept_in)
-                on_host.append(space)
+                space = self._host.take(room, kept_in)
             else:
                 space = torch.empty(room, dtype=kept_in, device=device)
             self.held.setdefault(form, {})[layer] = space
@@ -60,8 +59,6 @@ class ValueStore:
                 self.scales[chunk_size][layer] = torch.empty(
                     prompts, heads, count, dtype=torch.float32, device=device
                 )
-        if on_host and device.type == "cuda":
-            pin(on_host, self)
 
     @property
     def exact(self) -> dict[int, Tensor]:
