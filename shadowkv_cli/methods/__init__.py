@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Sequence
 
 from shadowkv_cli.config import MethodSpec, ShadowKVSpec, SparseSpec
@@ -36,25 +35,25 @@ def build_groups(
 ) -> list[tuple[list[int], Group]]:
     """Sort rows into groups of one layout each, or of one cell each if cells are not to be merged.
 
-    On a CPU a group's cells also select a similar number of chunks (within a factor of 16), since
-    all are padded to the largest; on a GPU the launches of one more group cost more than that.
+    On a CPU the rows of a group stand in the order of how many chunks they select, so that
+    attention finds those beside each other which can be padded to one width.
 
     Returns the groups, each with the places of its rows in `rows`.
     """
 
-    def key(spec: MethodSpec) -> object:
-        if not merge_cells:
-            return spec
-        if isinstance(spec, SparseSpec) and store.device.type == "cpu":
-            chunks = spec.keeps(store.prompt_tokens).selected_chunks
-            return (*layout(spec), math.ceil(math.log(max(chunks, 1), 16)))
-        return layout(spec)
+    def selected(place: int) -> int:
+        spec = rows[place].spec
+        if not isinstance(spec, SparseSpec):
+            return 0
+        return spec.keeps(store.prompt_tokens).selected_chunks
 
     places: dict[object, list[int]] = {}
     for place, row in enumerate(rows):
-        places.setdefault(key(row.spec), []).append(place)
+        places.setdefault(layout(row.spec) if merge_cells else row.spec, []).append(place)
     groups = []
     for of_group in places.values():
+        if store.device.type == "cpu":
+            of_group.sort(key=selected)
         module, name = GROUPS[rows[of_group[0]].spec.name]
         group = getattr(importlib.import_module(f"shadowkv_cli.methods.{module}"), name)
         groups.append((of_group, group([rows[i] for i in of_group], store, new_tokens)))

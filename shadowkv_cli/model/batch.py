@@ -35,7 +35,7 @@ class Batch:
     def __init__(
         self, parts: Parts, device: torch.device, *, padded: bool = True, in_order: bool = True
     ) -> None:
-        self.parts = list(parts)
+        self.parts, self.in_order = list(parts), in_order
         prompts: dict[int, int] = {}
         for rows, group in parts:
             for index, row in enumerate(rows):
@@ -57,7 +57,7 @@ class Batch:
     def without(self, ended: set[int]) -> Batch:
         """The same without groups whose rows have all ended, and with half of those half ended.
 
-        Itself where nothing changes.
+        Group by group, so that no group's rows are gathered; itself where nothing changes.
         """
         parts: list[tuple[list[int], Group]] = []
         for rows, group in self.parts:
@@ -66,6 +66,6 @@ class Batch:
                 parts.append((rows, group))
             elif still:
                 parts.append(([rows[index] for index in still], group.subset(still)))
-        if parts == self.parts:
+        if parts == self.parts and not self.in_order:
             return self
         return Batch(parts, self.prompts.device, padded=self.bucket > len(self), in_order=False)

@@ -215,7 +215,8 @@ class Session:
 
     def _append_layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         decoding = self.batch.decoding
-        if len(decoding) == 1 and len(self.batch) == self.batch.bucket:
+        in_order = isinstance(self.batch.index[0], slice)
+        if in_order and len(decoding) == 1 and len(self.batch) == self.batch.bucket:
             (_, group), *_ = decoding
             with blaming(specs_of(group, range(len(group.rows)))):
                 group.append(layer, k, v)

@@ -9,7 +9,7 @@ from shadowkv_cli.ops import compiled
 from shadowkv_cli.ops.chunk_rows import gather_chunks
 from shadowkv_cli.ops.fp8 import FP8, dequantise
 from shadowkv_cli.ops.library import check, define
-from shadowkv_cli.ops.misses import missing_places
+from shadowkv_cli.ops.misses import missing_chunks
 
 
 def _reference(
@@ -23,13 +23,13 @@ def _reference(
     buffer: Tensor,
 ) -> None:
     _check(values, scales, buffer)
-    row, head, place = missing_places(misses)
-    wanted = (prompt_index[row].long(), head, ids[row, head, place].long())
+    row, head, chunk, slot = missing_chunks(misses, ids, slots)
+    wanted = (prompt_index.long().index_select(0, row), head, chunk)
     chunks = gather_chunks(values, *(index.to(values.device) for index in wanted))
     chunks = chunks.to(buffer.device)
     if scales is not None:
         chunks = dequantise(chunks, scales[wanted]).to(buffer.dtype)
-    buffer[row, head, slots[row, head, place].long()] = chunks
+    buffer[row, head, slot] = chunks
 
 
 def _check(values: Tensor, scales: Tensor | None, buffer: Tensor) -> None:

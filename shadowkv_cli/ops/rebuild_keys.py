@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
+
 import torch
 from torch import Tensor
 
 from shadowkv_cli.ops import compiled
 from shadowkv_cli.ops.chunk_rows import gather_chunks
 from shadowkv_cli.ops.library import check, define
-from shadowkv_cli.ops.misses import missing_places
+from shadowkv_cli.ops.misses import missing_chunks
 from shadowkv_cli.ops.rotary import rotate
+
+Factor = tuple[int, int]
+"""Prompt and rank of a row: which basis its coefficients are multiplied with, and how far."""
 
 
 def _chunks(tokens: Tensor, chunk_size: int) -> Tensor:
@@ -18,18 +24,31 @@ def _chunks(tokens: Tensor, chunk_size: int) -> Tensor:
     return tokens[:, :whole].unflatten(1, (-1, chunk_size))
 
 
-def _multiply_by_head(kept: Tensor, basis: Tensor, head: Tensor, counts: Tensor) -> Tensor:
-    """Multiply chunks [M, c, r], ordered by head, with their heads' bases [Hk, r, D]: [M, c, D].
+def _factors(prompt_index: Tensor, rank: Tensor, columns: int) -> list[Factor]:
+    """What each row multiplies."""
+    pairs = zip(prompt_index.tolist(), rank.tolist(), strict=True)
+    return [(prompt, min(wanted, columns)) for prompt, wanted in pairs]
 
-    All heads in one batch, those with fewer chunks padded.
+
+def _multiply(kept: Tensor, basis: Tensor, factors: list[Factor], counts: list[int]) -> Tensor:
+    """Multiply chunks [M, c, r] with their bases: [M, c, D]; one product a prompt, rank and head.
+
+    Args:
+        kept: the chunks, ordered by head, and under it by row.
+        factors: of each row, in the same order.
+        counts: chunks of every head and, under it, every row.
     """
-    most = int(counts.max())
-    starts = counts.cumsum(0) - counts
-    place = head * most + torch.arange(head.numel(), device=head.device) - starts[head]
-    padded = kept.new_zeros(basis.shape[0] * most, *kept.shape[1:])
-    padded[place] = kept
-    product = torch.bmm(padded.view(basis.shape[0], -1, kept.shape[2]), basis)
-    return product.view(padded.shape[0], kept.shape[1], -1).index_select(0, place)
+    heads, dim = basis.shape[1], basis.shape[-1]
+    keys = kept.new_empty(*kept.shape[:2], dim)
+    flat, out = kept.flatten(0, 1), keys.flatten(0, 1)
+    each = zip(itertools.product(range(heads), factors), counts, strict=True)
+    start = 0
+    for (head, (prompt, rank)), group in itertools.groupby(each, key=operator.itemgetter(0)):
+        end = start + sum(count for _, count in group) * kept.shape[1]
+        if end > start:
+            torch.mm(flat[start:end, :rank], basis[prompt, head, :rank], out=out[start:end])
+        start = end
+    return keys
 
 
 def _reference(
@@ -53,22 +72,23 @@ def _reference(
         "rebuild_keys",
         f"basis has {basis.shape[2]} rows, coefficients {columns} columns",
     )
-    head, row, place = missing_places(misses.transpose(0, 1))
-    if not row.numel():
+    factors = _factors(prompt_index, rank, columns)
+    lists = [x.transpose(0, 1) for x in (misses, ids, slots, miss_counts)]
+    order = sorted(range(len(factors)), key=factors.__getitem__)
+    rows = torch.tensor(order, device=ids.device)
+    if factors != (factors := [factors[row] for row in order]):
+        lists = [x.index_select(1, rows) for x in lists]
+    head, row, chunk, slot = missing_chunks(*lists[:3])
+    if not head.numel():
         return
-    prompt, chunk = prompt_index[row].long(), ids[row, head, place].long()
+    row = rows.index_select(0, row)
+    prompt = prompt_index.long().index_select(0, row)
     kept = gather_chunks(_chunks(coefficients, chunk_size), prompt, chunk)  # [M, c, r]
-    if not bool((rank == columns).all()):
-        beyond = torch.arange(columns, device=ids.device) >= rank[row][:, None]
-        kept.masked_fill_(beyond[:, None], 0)
-    if basis.shape[0] == 1:
-        keys = _multiply_by_head(kept, basis[0], head, miss_counts.sum(0))
-    else:
-        keys = torch.bmm(kept, basis[prompt, head])
-    table = table_index[prompt].long()
+    keys = _multiply(kept, basis, factors, lists[3].flatten().tolist())
+    table = table_index.long().index_select(0, prompt)
     cosine, sine = (gather_chunks(_chunks(t, chunk_size), table, chunk) for t in (cos, sin))
     turned = rotate(keys, cosine, sine, interleaved)
-    buffer[row, head, slots[row, head, place].long()] = turned.to(buffer.dtype)
+    buffer[row, head, slot] = turned.to(buffer.dtype)
 
 
 def _fake(

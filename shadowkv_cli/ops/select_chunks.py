@@ -23,22 +23,29 @@ def landmark_scores(
     Arguments as of `select_chunks`. In fp8 the products are float32's.
     """
     rows, q_heads, dim = query.shape
-    prompts, heads, chunks, per_chunk, _ = landmarks.shape
+    prompts, heads, chunks = landmarks.shape[:3]
     grouped = query.reshape(rows, heads, q_heads // heads, dim)
     if landmark_scales is not None:
         grouped = grouped.float()
+    scales = [None] * prompts if landmark_scales is None else landmark_scales.unbind(0)
+    parts = list(zip(landmarks, scales, strict=True))
+    if prompts == 1:
+        return _scores_on(*parts[0], grouped, scale)
     scores = query.new_empty(rows, heads, q_heads // heads, chunks, dtype=torch.float32)
-    for prompt in range(prompts):
-        of_prompt = slice(None) if prompts == 1 else (prompt_index == prompt).nonzero()[:, 0]
-        folded = grouped[of_prompt].transpose(0, 1).flatten(1, 2)  # [Hk, R*G, D]
-        own = landmarks[prompt]
-        if landmark_scales is not None:
-            own = dequantise(own, landmark_scales[prompt])
-        logits = torch.matmul(folded, own.flatten(1, 2).mT).float() * scale  # [Hk, R*G, C*L]
-        if per_chunk > 1:
-            logits = logits.unflatten(-1, (chunks, per_chunk)).logsumexp(-1)
-        scores[of_prompt] = logits.unflatten(1, (-1, q_heads // heads)).transpose(0, 1)
+    for prompt, part in enumerate(parts):
+        of_prompt = (prompt_index == prompt).nonzero()[:, 0]
+        scores[of_prompt] = _scores_on(*part, grouped[of_prompt], scale)
     return scores
+
+
+def _scores_on(landmarks: Tensor, scales: Tensor | None, grouped: Tensor, scale: float) -> Tensor:
+    """The same of the rows of one prompt: grouped [R, Hk, G, D] on landmarks [Hk, C, L, D]."""
+    folded = grouped.transpose(0, 1).flatten(1, 2)  # [Hk, R*G, D]
+    own = landmarks if scales is None else dequantise(landmarks, scales)
+    logits = torch.matmul(folded, own.flatten(1, 2).mT).float().mul_(scale)  # [Hk, R*G, C*L]
+    if landmarks.shape[2] > 1:
+        logits = logits.unflatten(-1, landmarks.shape[1:3]).logsumexp(-1)
+    return logits.unflatten(1, (grouped.shape[0], grouped.shape[2])).transpose(0, 1)
 
 
 def top_chunks(scores: Tensor, budget_chunks: Tensor, max_chunks: int) -> Tensor:
@@ -49,16 +56,19 @@ def top_chunks(scores: Tensor, budget_chunks: Tensor, max_chunks: int) -> Tensor
         budget_chunks: int32 [R], chunks wanted per row.
         max_chunks: N, the most that any row wants.
     """
-    best, ids = scores.topk(min(max_chunks, scores.shape[-1]), dim=-1)
-    wanted = budget_chunks.clamp(max=best.shape[-1])[:, None, None]
-    last = best.gather(2, (wanted - 1).clamp_min(0).long().expand(-1, best.shape[1], -1))
-    enough = (scores >= last).sum(-1, keepdim=True)
-    # On a GPU looking whether there are ties would wait for it.
-    if scores.is_cuda or bool((enough > wanted).any()):
-        ids, best = _lower_of_ties(scores, last, wanted, best.shape[-1])
-    rank = torch.arange(best.shape[-1], device=best.device)
-    unwanted = (rank >= wanted) | torch.isneginf(best)
     chunks = scores.shape[-1]
+    count = min(max_chunks, chunks)
+    # One more than are wanted, to see whether it has the score of the last.
+    best, ids = scores.topk(min(count + 1, chunks), dim=-1)
+    wanted = budget_chunks.clamp(max=count)[:, None, None]
+    ends = torch.cat((wanted - 1, wanted), -1).clamp_(0, best.shape[-1] - 1).long()
+    last, after = best.gather(2, ends.expand(-1, best.shape[1], -1)).split(1, -1)
+    best, ids = best[..., :count], ids[..., :count]
+    # On a GPU looking whether there are ties would wait for it.
+    if scores.is_cuda or bool((after == last).any()):
+        ids, best = _lower_of_ties(scores, last, wanted, count)
+    rank = torch.arange(count, device=best.device)
+    unwanted = (rank >= wanted) | torch.isneginf(best)
     ids = ids.masked_fill(unwanted, chunks).sort(-1).values
     ids = ids.masked_fill_(ids == chunks, -1).to(torch.int32)
     return F.pad(ids, (0, max_chunks - ids.shape[-1]), value=-1)
@@ -98,8 +108,9 @@ def _reference(
     beyond = torch.arange(chunks, device=query.device) >= num_chunks[:, None]
     barred = (excluded | beyond[:, None])[:, :, None]
     # The logarithm of the softmax has its order and does not underflow into ties.
-    scores = scores.masked_fill(barred, float("-inf")).log_softmax(-1)
-    best_of_group = scores.masked_fill(barred, float("-inf")).amax(2)
+    best_of_group = torch.where(barred, float("-inf"), scores).log_softmax(-1).amax(2)
+    # The softmax of a row whose every chunk is barred is not a number.
+    best_of_group = torch.where(barred[:, :, 0], float("-inf"), best_of_group)
     return top_chunks(best_of_group, budget_chunks, max_chunks)
 
 

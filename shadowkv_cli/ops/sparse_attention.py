@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -51,7 +53,7 @@ def fixed_scores(
     grouped = query.view(rows, keys.shape[1], q_heads // keys.shape[1], dim)
     scores = torch.matmul(grouped, keys[:, :, : sum(capacities)].transpose(2, 3)).float()
     unused = ~_in_use(lengths, capacities)
-    return scores.masked_fill_(unused[:, None, None], float("-inf")), unused
+    return torch.where(unused[:, None, None], float("-inf"), scores), unused
 
 
 def _gather(space: Tensor, slots: Tensor, fixed: int, chunk_size: int) -> Tensor:
@@ -74,8 +76,8 @@ def _reference(
     chunk_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    rows, q_heads, dim = query.shape
-    heads, fixed = keys.shape[1], sum(capacities)
+    rows, q_heads, _ = query.shape
+    heads = keys.shape[1]
     check(
         q_heads % heads == 0,
         "sparse_attention",
@@ -86,28 +88,85 @@ def _reference(
         "sparse_attention",
         f"lengths must be [{rows}, {len(capacities)}], got {list(lengths.shape)}",
     )
+    parts = []
+    for here, width in _stretches(key_slots):
+        slots_here = (key_slots[here, :, :width], value_slots[here, :, :width])
+        planes = (query[here], keys[here], values[here])
+        parts.append(_attend(*planes, *slots_here, lengths[here], capacities, chunk_size, scale))
+    if len(parts) == 1:
+        return parts[0]
+    out, lse = (torch.cat(part) for part in zip(*parts, strict=True))
+    return out, lse
+
+
+def _stretches(slots: Tensor) -> list[tuple[slice, int]]:
+    """Neighbouring rows whose selections are of similar size (within a factor of 16), and it.
+
+    So that none is padded to the width of a much larger one. On a GPU, where looking would wait and
+    launches cost more, all rows at once.
+    """
+    rows, _, width = slots.shape
+    if slots.is_cuda or rows == 1 or width == 0:
+        return [(slice(0, rows), width)]
+    used = (slots >= 0).sum(-1).amax(-1).tolist()
+    found = []
+    for _, members in itertools.groupby(range(rows), lambda row: _size_class(used[row])):
+        stretch = list(members)
+        most = max(used[row] for row in stretch)
+        found.append((slice(stretch[0], stretch[-1] + 1), most))
+    return found
+
+
+def _size_class(chunks: int) -> int:
+    return math.ceil(math.log(max(chunks, 1), 16))
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_slots: Tensor,
+    value_slots: Tensor,
+    lengths: Tensor,
+    capacities: list[int],
+    chunk_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    rows, q_heads, dim = query.shape
+    heads, fixed = keys.shape[1], sum(capacities)
     grouped = query.view(rows, heads, q_heads // heads, dim)
     scores, unused = fixed_scores(query, keys, lengths, capacities)
-    if chosen := key_slots.shape[-1]:
+    empty = key_slots[..., :0]
+    if key_slots.shape[-1]:
         selected = torch.matmul(
             grouped, _gather(keys, key_slots, fixed, chunk_size).transpose(2, 3)
         ).float()
         empty = (key_slots < 0).repeat_interleave(chunk_size, -1)  # [R, Hk, N*c]
-        scores = torch.cat((scores, selected.masked_fill_(empty[:, :, None], float("-inf"))), -1)
+        selected = torch.where(empty[:, :, None], float("-inf"), selected)
+        scores = torch.cat((scores, selected), -1)
     scores *= scale
     highest = scores.amax(-1, keepdim=True)
     weights = scores.sub_(highest).exp_()
     total = weights.sum(-1, keepdim=True)
     lse = (highest + total.log())[..., 0]
     weights = weights.div_(total).to(values.dtype)
-    # A weight of 0 does not hide what is not finite.
-    held = values[:, :, :fixed].masked_fill(unused[:, None, :, None], 0)
-    out = torch.matmul(weights[..., :fixed], held)
-    if chosen:
-        attended = _gather(values, value_slots, fixed, chunk_size)
-        attended = attended.masked_fill_(empty[..., None], 0)
-        out = out + torch.matmul(weights[..., fixed:], attended)
+    held = values[:, :, :fixed]
+    attended = _gather(values, value_slots, fixed, chunk_size) if empty.shape[-1] else None
+    out = _weighted(weights, held, attended)
+    # A weight of 0 does not hide what is not finite; on a GPU looking for it would wait.
+    if out.is_cuda or not math.isfinite(float(out.sum())):
+        held = held.masked_fill(unused[:, None, :, None], 0)
+        if attended is not None:
+            attended.masked_fill_(empty[..., None], 0)
+        out = _weighted(weights, held, attended)
     return out.reshape(rows, q_heads, dim), lse.reshape(rows, q_heads)
+
+
+def _weighted(weights: Tensor, held: Tensor, attended: Tensor | None) -> Tensor:
+    """Sum values [R, Hk, F, D], and those behind them if there are any, by their weights."""
+    fixed = held.shape[2]
+    out = torch.matmul(weights[..., :fixed], held)
+    return out if attended is None else out + torch.matmul(weights[..., fixed:], attended)
 
 
 def _fake(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from shadowkv_cli.ops.library import check, define
-from shadowkv_cli.ops.misses import list_misses
+from shadowkv_cli.ops.misses import list_places
 
 
 def _reference(
@@ -18,32 +18,43 @@ def _reference(
         "update_residency",
         f"chunk_of_slot holds {slots_held} slots, fewer than the {wanted} chunks selected",
     )
-    valid = ids >= 0
     index = ids.clamp_min(0).long()
-    slots = slot_of_chunk.gather(2, index).masked_fill(~valid, -1)
-    hits = (slots >= 0).nonzero(as_tuple=True)
-    last_used[hits[0], hits[1], slots[hits].long()] = step[hits[0]]
-    missing = valid & (slots < 0)
-    misses, counts = list_misses(missing)
-    if not bool(counts.any()):
+    slots = slot_of_chunk.gather(2, index).masked_fill_(ids < 0, -1)
+    hit = slots >= 0
+    now = step[:, None, None]
+    # What is no hit points to slot 0, which -1 leaves as it is.
+    used = torch.where(hit, now, -1)
+    last_used.scatter_reduce_(2, slots.clamp_min(0).long(), used, "amax")
+    missing = (ids >= 0) & ~hit
+    new = missing.view(-1).nonzero()[:, 0]
+    misses, counts = list_places(new, missing)
+    if not new.numel():
         return slots, misses, counts
-    # Slots hit in this step are the newest.
-    oldest = last_used.argsort(dim=-1, stable=True)
-    rank = torch.arange(slots_held, device=ids.device)
-    kept = rank >= counts[..., None]
-    free = oldest.masked_fill(kept, slots_held).sort(-1).values
-    order = (missing.cumsum(-1) - 1).clamp_min(0)
-    new = missing.nonzero(as_tuple=True)
-    row, head = new[0], new[1]
-    taken = free.gather(2, order)[new]
-    evicted = chunk_of_slot[row, head, taken].long()
-    held = evicted >= 0
-    slot_of_chunk[row[held], head[held], evicted[held]] = -1
-    slot_of_chunk[row, head, index[new]] = taken.to(torch.int32)
-    chunk_of_slot[row, head, taken] = ids[new]
-    last_used[row, head, taken] = step[row]
-    slots[new] = taken.to(torch.int32)
+    free = _freed(last_used, now, counts).view(-1).nonzero()[:, 0]
+    # Both are ordered by plane, with as many of each: the j-th chunk takes the j-th slot.
+    plane = new.div(wanted, rounding_mode="floor")
+    taken = (free - plane * slots_held).to(torch.int32)
+    chunk = index.view(-1).index_select(0, new)
+    evicted = chunk_of_slot.view(-1).index_select(0, free).long()
+    slot_of, first = slot_of_chunk.view(-1), plane * slot_of_chunk.shape[-1]
+    # Of a slot that held nothing nothing goes; the chunk that comes has no slot yet.
+    slot_of.index_fill_(0, first + torch.where(evicted >= 0, evicted, chunk), -1)
+    slot_of.index_copy_(0, first + chunk, taken)
+    chunk_of_slot.view(-1).index_copy_(0, free, chunk.to(torch.int32))
+    row = plane.div(ids.shape[1], rounding_mode="floor")
+    last_used.view(-1).index_copy_(0, free, step.index_select(0, row))
+    slots.view(-1).index_copy_(0, new, taken)
     return slots, misses, counts
+
+
+def _freed(last_used: Tensor, now: Tensor, counts: Tensor) -> Tensor:
+    """The slots that make room, as many as chunks are missing: bool [R, Hk, B]."""
+    idle = last_used < now
+    if torch.equal(idle.sum(-1, dtype=torch.int32), counts):  # as with the paper's policy
+        return idle
+    oldest = last_used.argsort(dim=-1, stable=True)  # slots hit in this step are the newest
+    rank = torch.arange(last_used.shape[-1], device=last_used.device)
+    return torch.zeros_like(idle).scatter_(2, oldest, rank < counts[..., None])
 
 
 def _fake(
