@@ -108,7 +108,8 @@ def _stretches(slots: Tensor) -> list[tuple[slice, int]]:
     rows, _, width = slots.shape
     if slots.is_cuda or rows == 1 or width == 0:
         return [(slice(0, rows), width)]
-    used = (slots >= 0).sum(-1).amax(-1).tolist()
+    place = torch.arange(1, width + 1, dtype=torch.int32)
+    used = torch.where(slots >= 0, place, 0).amax((1, 2)).tolist()  # none behind the last
     found = []
     for _, members in itertools.groupby(range(rows), lambda row: _size_class(used[row])):
         stretch = list(members)
