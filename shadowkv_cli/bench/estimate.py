@@ -48,10 +48,13 @@ GRAPH_S = 2.0
 
 
 def prefill_flops(facts: ModelFacts, tokens: int) -> tuple[int, int]:
-    """Operations of one prompt's linear layers, and of its causal attention (QK and AV)."""
+    """Operations of one prompt's linear layers, and of its causal attention (QK and AV).
+
+    The last layer's attention is that of one token.
+    """
     shape = facts.shape
     linear = 2 * facts.layer_parameters * tokens
-    attention = 2 * tokens**2 * shape.num_q_heads * shape.head_dim * shape.num_layers
+    attention = 2 * tokens**2 * shape.num_q_heads * shape.head_dim * (shape.num_layers - 1)
     return linear, attention
 
 

@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from shadowkv_cli.bench import probes
 from shadowkv_cli.config import parse_token_count, split_list
 from shadowkv_cli.console import notice, print_json, print_table
-from shadowkv_cli.methods.pinned import host_memory, pin
+from shadowkv_cli.methods.pinned import HostMemory
 from shadowkv_cli.ops import cases, compiled, layer_cases
 from shadowkv_cli.ops.cases import Arguments, Sizes
 from shadowkv_cli.ops.fp8 import FP8
@@ -123,8 +123,8 @@ class HostValues:
 
     def __init__(self, largest: Sizes) -> None:
         values = (largest.prompts, largest.heads, largest.tokens, largest.dim)
-        self.bytes = host_memory((math.prod(values) * largest.dtype.itemsize,), torch.uint8)
-        pin([self.bytes], self)
+        self.memory = HostMemory(pinned=True)
+        self.bytes = self.memory.take((math.prod(values) * largest.dtype.itemsize,), torch.uint8)
 
     def chunks(self, s: Sizes) -> Tensor:
         """[P, Hk, C, c, D] of the dtype that values of these sizes are kept in."""

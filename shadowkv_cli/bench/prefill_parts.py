@@ -19,6 +19,7 @@ from shadowkv_cli import ops
 from shadowkv_cli.methods.low_rank import Method, factorise
 from shadowkv_cli.methods.tiles import tiles
 from shadowkv_cli.model import exact_attention
+from shadowkv_cli.model.last_layer import last_mlp
 from shadowkv_cli.model.loading import LoadedModel
 from shadowkv_cli.model.rotary import attention_modules
 
@@ -150,12 +151,15 @@ def small_ops(loaded: LoadedModel, tokens: int, repeats: int) -> dict[str, list[
 
 
 def prefill_flops(loaded: LoadedModel, tokens: int) -> float:
-    """Operations of a whole prefill: products of all layers, and causal attention."""
+    """Operations of a whole prefill: products of all layers, and causal attention.
+
+    Without what only the last token goes through: the last layer's attention and MLP, the head.
+    """
     shape, model = loaded.shape, loaded.model
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    skipped = {id(m.weight): m.weight.numel() for m in ends if m is not None}
+    ends = [model.get_input_embeddings(), model.get_output_embeddings(), last_mlp(model)]
+    skipped = {id(p): p.numel() for m in ends if m is not None for p in m.parameters()}
     weights = sum(p.numel() for p in model.parameters()) - sum(skipped.values())
-    attention = 2 * tokens**2 * shape.num_q_heads * shape.head_dim * shape.num_layers
+    attention = 2 * tokens**2 * shape.num_q_heads * shape.head_dim * (shape.num_layers - 1)
     return float(2 * weights * tokens + attention)
 
 

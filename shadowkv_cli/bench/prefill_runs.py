@@ -15,6 +15,7 @@ from shadowkv_cli.bench.state import random_prompts
 from shadowkv_cli.config import MethodSpec
 from shadowkv_cli.model import exact_attention
 from shadowkv_cli.model.forward import last_logits
+from shadowkv_cli.model.last_layer import attend_last
 from shadowkv_cli.model.loading import LoadedModel
 from shadowkv_cli.model.rotary import compute_table, rotary_module
 from shadowkv_cli.model.session import Session
@@ -24,6 +25,8 @@ Row = dict[str, Any]
 
 class Plain:
     """Serves exact attention and keeps nothing: what a prefill takes by itself."""
+
+    wants_last_token = True
 
     def __init__(self, loaded: LoadedModel, tokens: int, backend: str) -> None:
         self.loaded, self.fused, self.backend = loaded, loaded.fused, backend
@@ -36,6 +39,8 @@ class Plain:
         return cos[position_ids], sin[position_ids]
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        if layer + 1 == self.loaded.shape.num_layers:
+            return attend_last(q, k, v, scale)
         return exact_attention.attend(self.backend, q, k, v, scale)
 
     def end_layer(self) -> None:

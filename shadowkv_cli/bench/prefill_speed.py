@@ -110,6 +110,7 @@ class Bench:
             "backend": figure.backend,
             "model": loaded.name,
             "num_layers": loaded.shape.num_layers,
+            "whole_layers": loaded.shape.num_layers - 1,
             "hardware": probes.device_name(loaded.device),
             "tflops": speed,
             "share_of_product": speed / self.product_tflops if speed else None,

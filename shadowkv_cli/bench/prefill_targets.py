@@ -55,12 +55,17 @@ class Measured:
         return min(rows, key=lambda r: r["seconds"])["backend"] if rows else None
 
     def parts(self, length: int = CONTEXT) -> float | None:
-        """Seconds of the best attention alone and the matrix products alone, all layers."""
+        """Seconds of the best attention alone and the matrix products alone.
+
+        Of all layers but the last, which does next to nothing of both; rows that were measured
+        before that was so do not say how many these are.
+        """
         attention = self.seconds("attention", length=length)
         products = self.seconds("products", length=length)
         if attention is None or products is None:
             return None
-        layers = self._of("products", "", length)[0]["num_layers"]
+        row = self._of("products", "", length)[0]
+        layers = row["whole_layers"] if "whole_layers" in row else row["num_layers"]
         return float(layers * (attention + products))
 
     def over_parts(self) -> float | None:

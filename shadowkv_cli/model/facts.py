@@ -13,6 +13,7 @@ from transformers import logging as transformers_logging
 from shadowkv_cli.catalogue.places import config_folder
 from shadowkv_cli.catalogue.shapes import shape_named
 from shadowkv_cli.config import ModelShape
+from shadowkv_cli.model.last_layer import last_mlp
 from shadowkv_cli.model.loading_errors import explained
 from shadowkv_cli.model.rotary import attention_modules, head_dim, rotary_module
 from shadowkv_cli.run_config import ModelChoice
@@ -27,7 +28,8 @@ class ModelFacts:
         dtype: of its weights and cache, like `bfloat16`.
         parameters: all of them, tied ones once.
         layer_parameters: those that every token of a prompt is multiplied with: without the
-            embedding and the output head, which a prefill uses for the last token only.
+            embedding and the output head and the last layer's MLP, which a prefill uses for the
+            last token only.
         shape: sizes of its attention.
         max_positions: the longest context that it has positions for.
         weight_bytes: bytes of all parameters.
@@ -79,6 +81,8 @@ def _facts(model: PreTrainedModel, name: str, dtype: torch.dtype) -> ModelFacts:
     parameters = sum(p.numel() for p in model.parameters())
     embeddings: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     ends = {module.weight for module in embeddings if module is not None}
+    if (mlp := last_mlp(model)) is not None:
+        ends |= set(mlp.parameters())
     return ModelFacts(
         name=name,
         dtype=str(dtype).removeprefix("torch."),

@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.methods.tiles import is_long
 from shadowkv_cli.model.fused import Fused, replaced
+from shadowkv_cli.model.last_layer import last_mlp
 from shadowkv_cli.model.long_prompts import OutputProjection, rotating_in_place, tiled
 from shadowkv_cli.model.rotary import attention_modules, rotary_module
 
@@ -27,10 +28,14 @@ class Attends(Protocol):
     Attributes:
         context_tokens: that the token which is being run may attend to, itself included.
         fused: ops in place of the model's small kernels, or None.
+        wants_last_token: that nobody looks at what the model says of others.
     """
 
     context_tokens: int
     fused: Fused | None
+
+    @property
+    def wants_last_token(self) -> bool: ...
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
 
@@ -75,14 +80,15 @@ AttentionInterface.register(IMPLEMENTATION, _attention)
 AttentionMaskInterface.register(IMPLEMENTATION, lambda *args, **kwargs: None)
 
 
-def _mlp(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Run an MLP in tiles; it is the last of its layer."""
+def _mlp(forward: Callable[[Tensor], Tensor], *, ends: bool) -> Callable[[Tensor], Tensor]:
+    """Run an MLP in tiles; it is the last of its layer, and may be that of the last one."""
     run_tiles = tiled(forward)
 
     def run(x: Tensor) -> Tensor:
-        out = run_tiles(x)
+        assert _active is not None, "MLPs run while a session is attached"
+        last_alone = ends and _active.wants_last_token
+        out = forward(x[:, -1:]).expand_as(x) if last_alone else run_tiles(x)
         if is_long(x.shape[1]):
-            assert _active is not None
             _active.end_layer()
         return out
 
@@ -110,9 +116,10 @@ def attached(model: PreTrainedModel, session: Attends) -> Iterator[None]:
         if session.fused is not None:
             stack.enter_context(session.fused.applied())
         fused = session.fused.modules if session.fused is not None else frozenset()
+        last = last_mlp(model)
         for name, module in model.named_modules():
             if name.split(".")[-1] == "mlp":
-                stack.enter_context(replaced(module, _mlp(module.forward)))
+                stack.enter_context(replaced(module, _mlp(module.forward, ends=module is last)))
             elif type(module).__name__.endswith("Norm") and module not in fused:
                 stack.enter_context(replaced(module, tiled(module.forward)))
         attention = attention_modules(model)

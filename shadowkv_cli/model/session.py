@@ -25,6 +25,7 @@ from shadowkv_cli.model.batch import Batch, Parts
 from shadowkv_cli.model.compression import Compression
 from shadowkv_cli.model.failures import MethodFailure, blaming, specs_of
 from shadowkv_cli.model.forward import last_logits
+from shadowkv_cli.model.last_layer import attend_last
 from shadowkv_cli.model.loading import LoadedModel
 from shadowkv_cli.model.patches import attached
 from shadowkv_cli.model.rotary import compute_table, rotary_module
@@ -194,9 +195,17 @@ class Session:
             return self._append_layer(layer, q, k, v, scale)
         assert self._prompt is not None
         ready = self._compression.mark()
-        out = self._attend_exactly(q, k, v, scale)
+        if layer + 1 == self.loaded.shape.num_layers:
+            out = attend_last(q, k, v, scale)
+        else:
+            out = self._attend_exactly(q, k, v, scale)
         self._compression.take_in(layer, self._prompt, q[0], k[0], v[0], ready)
         return out
+
+    @property
+    def wants_last_token(self) -> bool:
+        """Whether nobody looks at what the model says of other tokens than the last."""
+        return self.phase == "prefill"
 
     def end_layer(self) -> None:
         """Let go of the keys and values of a layer that the methods have taken in."""

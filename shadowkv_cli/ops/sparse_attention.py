@@ -145,12 +145,16 @@ def _attend(
         empty = (key_slots < 0).repeat_interleave(chunk_size, -1)  # [R, Hk, N*c]
         selected = torch.where(empty[:, :, None], float("-inf"), selected)
         scores = torch.cat((scores, selected), -1)
+    if not scores.shape[-1]:
+        nothing = scores.new_full((rows, q_heads), float("-inf"))
+        return torch.zeros_like(query), nothing
     scores *= scale
-    highest = scores.amax(-1, keepdim=True)
+    # Finite where a row attends nothing: its weights are then 0.
+    highest = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
     weights = scores.sub_(highest).exp_()
     total = weights.sum(-1, keepdim=True)
     lse = (highest + total.log())[..., 0]
-    weights = weights.div_(total).to(values.dtype)
+    weights = weights.div_(total.clamp_min(torch.finfo(torch.float32).tiny)).to(values.dtype)
     held = values[:, :, :fixed]
     attended = _gather(values, value_slots, fixed, chunk_size) if empty.shape[-1] else None
     out = _weighted(weights, held, attended)
@@ -218,7 +222,8 @@ def sparse_attention(
         scale: of the logits.
 
     Returns:
-        [R, Hq, D], and the log-sum-exp of the scaled logits, float32 [R, Hq].
+        [R, Hq, D], and the log-sum-exp of the scaled logits, float32 [R, Hq]; zeros and minus
+        infinity where nothing is attended.
     """
     arguments = (
         query,
