@@ -1,11 +1,11 @@
-"""Answer one sample with every cell: one prefill, all cells as rows of one batch."""
+"""Answer samples with every cell: a prefill each, all cells of all of them as one batch."""
 
 from __future__ import annotations
 
 import gc
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from shadowkv_cli.catalogue.shapes import PREFIX
@@ -19,6 +19,8 @@ from shadowkv_cli.tasks.rows import Dataset, Sample, SecondCall
 from shadowkv_cli.tasks.tokenization import load_tokenizer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from shadowkv_cli.model.loading import LoadedModel
     from shadowkv_cli.model.session import Session
 
@@ -55,6 +57,23 @@ def until(text: str, stop: str) -> str:
     return text if end < 0 else text[:end]
 
 
+@dataclass(frozen=True)
+class Question:
+    """A sample, the cells that are to answer it, and the number of its first prefill."""
+
+    sample: Sample
+    cells: Sequence[MethodSpec]
+    first_pass: int
+
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """Equal for questions that one batch can answer; a sample with a second call is alone."""
+        tokens = self.sample.prompt_tokens
+        dense = tuple(spec.is_dense(tokens) for spec in self.cells)
+        alone = self.sample.id if self.sample.second is not None else None
+        return self.sample.context_length, tuple(self.cells), dense, alone
+
+
 class Answerer:
     """Answers samples; keeps the last session, since samples of one length can share it.
 
@@ -81,11 +100,14 @@ class Answerer:
         self.backends_used: dict[str, float | None] = {}  # and the TFLOP/s of their trials
         self._key: tuple[object, ...] = ()
         self._session: Session | None = None
+        self._one_by_one = False  # memory did not suffice for more
 
-    def _session_for(self, specs: Sequence[MethodSpec], prompt_tokens: int) -> Session:
+    def _session_for(
+        self, specs: Sequence[MethodSpec], prompt_tokens: int, num_prompts: int = 1
+    ) -> Session:
         from shadowkv_cli.model.session import Session
 
-        key = (*specs, prompt_tokens)
+        key = (*specs, prompt_tokens, num_prompts)
         if self._session is None or key != self._key:
             self._session = None  # free the old one first
             self._session = Session(
@@ -93,14 +115,51 @@ class Answerer:
                 specs,
                 prompt_tokens=prompt_tokens,
                 new_tokens=self.room,
+                num_prompts=num_prompts,
                 backend=self.backend,
             )
             self._key = key
         return self._session
 
-    def answer(
-        self, sample: Sample, specs: Sequence[MethodSpec], first_pass: int
-    ) -> tuple[list[Row], int]:
+    def answer_together(self, questions: Sequence[Question]) -> list[list[Row]]:
+        """Answer questions of one layout: a prefill each, then all are decoded as one batch.
+
+        Where that fails for want of memory, or by a method, each is answered alone.
+
+        Returns:
+            The rows of each, see `answer`.
+
+        Raises:
+            ShadowKVError: full attention itself fails.
+        """
+        from shadowkv_cli.model.failures import MethodFailure, is_out_of_memory
+
+        encoded = [self._encoded(q.sample) for q in questions] if len(questions) > 1 else []
+        # Other tokens than the data say may be dense for other cells.
+        dense = {tuple(s.is_dense(len(ids)) for s in questions[0].cells) for ids in encoded}
+        if len(dense) == 1 and not self._one_by_one:
+            try:
+                return self._side_by_side(questions, encoded, questions[0].cells)
+            except (MethodFailure, MemoryError, RuntimeError) as error:
+                full = is_out_of_memory(error)
+                if not full and not isinstance(error, MethodFailure):
+                    raise
+            self._let_go()
+            if full:
+                notice(f"Out of memory with {len(questions)} samples: from here on one by one.")
+                self._one_by_one = True
+        return [self.answer(q.sample, q.cells, q.first_pass) for q in questions]
+
+    def _encoded(self, sample: Sample) -> list[int]:
+        ids = self.encoder.ids(sample.text)
+        if len(ids) != sample.prompt_tokens and not self.tokenizer_mismatch:
+            raise ShadowKVError(
+                f"{sample.id} has {len(ids)} tokens but its row says {sample.prompt_tokens}: "
+                "build the data again with this version of the tokenizer."
+            )
+        return ids
+
+    def answer(self, sample: Sample, specs: Sequence[MethodSpec], first_pass: int) -> list[Row]:
         """Decode every cell and score it.
 
         A cell that fails gets a row with its error, and the sample runs again without it. Where it
@@ -112,20 +171,14 @@ class Answerer:
             first_pass: number of the first prefill.
 
         Returns:
-            One row a cell (and rows of full attention of further passes, their pairs), and the
-            number of tokens that were generated.
+            One row a cell, and rows of full attention of further passes, their pairs.
 
         Raises:
             ShadowKVError: full attention itself fails.
         """
         from shadowkv_cli.model.failures import MethodFailure, is_out_of_memory, one_line
 
-        ids = self.encoder.ids(sample.text)
-        if len(ids) != sample.prompt_tokens and not self.tokenizer_mismatch:
-            raise ShadowKVError(
-                f"{sample.id} has {len(ids)} tokens but its row says {sample.prompt_tokens}: "
-                "build the data again with this version of the tokenizer."
-            )
+        ids = self._encoded(sample)
         waiting, rows, number, told = [list(specs)], [], first_pass, False
         while waiting:
             batch = waiting.pop(0)
@@ -158,7 +211,7 @@ class Answerer:
                 waiting += [[*pair, suspect] for suspect in suspects]
             if others and others != pair:
                 waiting.insert(0, others)
-        return rows, sum(row["generated_tokens"] or 0 for row in rows)
+        return rows
 
     def _let_go(self) -> None:
         """Give back all memory beside the model's."""
@@ -173,7 +226,7 @@ class Answerer:
         self, sample: Sample, ids: list[int], specs: Sequence[MethodSpec], number: int
     ) -> list[Row]:
         """One prefill for all specs, and for each a second of its own where the sample has one."""
-        rows = self._side_by_side(sample, ids, specs, number)
+        (rows,) = self._side_by_side([Question(sample, specs, number)], [ids], specs)
         if sample.second is None or not self.scores:
             return rows
         pairs = zip(rows, specs, strict=True)
@@ -203,49 +256,71 @@ class Answerer:
         )
 
     def _side_by_side(
-        self, sample: Sample, ids: list[int], specs: Sequence[MethodSpec], number: int
-    ) -> list[Row]:
-        """Prefill once and decode all specs; those that are dense here share one row."""
+        self,
+        questions: Sequence[Question],
+        encoded: Sequence[list[int]],
+        specs: Sequence[MethodSpec],
+    ) -> list[list[Row]]:
+        """Prefill each once and decode all specs; those that are dense here share one row."""
         from shadowkv_cli.bench.memory import PeakMemory, allowed_bytes
 
-        active = [spec for spec in specs if not spec.is_dense(len(ids))]
+        longest = max(map(len, encoded))
+        active = [spec for spec in specs if not spec.is_dense(longest)]
         batch = active if len(active) == len(specs) else [FULL, *active]
-        session = self._session_for(batch, max(sample.context_length, len(ids)))
+        room = max(longest, *(q.sample.context_length for q in questions))
+        session = self._session_for(batch, room, len(questions))
         session.choose_backend()
         peak = PeakMemory(self.loaded.device)
         peak.restart()
-        started = time.perf_counter()
-        logits = session.prefill(ids, key=sample.id)
+        first, prefill_s = [], []
+        for index, (question, ids) in enumerate(zip(questions, encoded, strict=True)):
+            started = time.perf_counter()
+            logits = session.prefill(ids, index=index, key=question.sample.id)
+            first += [int(logits.argmax(-1))] * len(batch)  # waits for the device
+            prefill_s.append(time.perf_counter() - started)
         bucket = session.batch.bucket  # before rows that have ended are left out
-        first = logits.argmax(-1).expand(len(batch))
-        first_token = int(first[0])  # waits for the device
-        prefilled, prefill_bytes = time.perf_counter(), peak.read()
-        limits = [sample.max_new_tokens] * len(batch)
-        answers = session.generate(first, limits, self.loaded.eos_ids)
-        decode_s = time.perf_counter() - prefilled
+        started, prefill_bytes = time.perf_counter(), peak.read()
+        limits = [q.sample.max_new_tokens for q in questions for _ in batch]
+        answers = session.generate(self._tokens(first), limits, self.loaded.eos_ids)
+        decode_s = time.perf_counter() - started
         self.backends_used[session.backend] = session.attention_tflops
-        assert all(answer[0] == first_token for answer in answers)
-        memory: Row = {"peak_memory_bytes": peak.read() or None}
+        assert all(answer[0] == token for answer, token in zip(answers, first, strict=True))
+        measured: Row = {
+            "row_bucket": bucket,
+            "samples_together": len(questions),
+            "attention_backend": session.backend,
+            "decode_s": round(decode_s, 6),
+            "decode_steps": max(map(len, answers)) - 1,
+            "peak_memory_bytes": peak.read() or None,
+        }
         if self.loaded.device.type == "cuda":
-            allowed = allowed_bytes(self.loaded, len(ids), session.held_bytes)
-            memory |= {"prefill_peak_bytes": prefill_bytes, "prefill_allowed_bytes": allowed.total}
-        rows = []
-        for spec in specs:
-            place = batch.index(FULL if spec.is_dense(len(ids)) else spec)
-            audit = session.audit(place, len(answers[place]) - 1)
-            measured = {
-                "prompt_tokens": len(ids),
-                "hit_rate": audit.pop("hit_rate"),
-                "audit": audit,
-                "row_bucket": bucket,
-                "attention_backend": session.backend,
-                "prefill_s": round(prefilled - started, 6),
-                "decode_s": round(decode_s, 6),
-                **memory,
+            allowed = allowed_bytes(self.loaded, longest, session.held_bytes)
+            measured |= {
+                "prefill_peak_bytes": prefill_bytes,
+                "prefill_allowed_bytes": allowed.total,
             }
-            row = self._row(sample, spec, number, len(ids))
-            rows.append(row | self._scored(sample, answers[place]) | measured)
-        return rows
+        found = []
+        for index, (question, ids) in enumerate(zip(questions, encoded, strict=True)):
+            rows = []
+            for spec in specs:
+                dense = spec.is_dense(len(ids))
+                place = index * len(batch) + batch.index(FULL if dense else spec)
+                audit = session.audit(place, len(answers[place]) - 1)
+                own = {
+                    "prompt_tokens": len(ids),
+                    "hit_rate": audit.pop("hit_rate"),
+                    "audit": audit,
+                    "prefill_s": round(prefill_s[index], 6),
+                }
+                row = self._row(question.sample, spec, question.first_pass, len(ids))
+                rows.append(row | self._scored(question.sample, answers[place]) | measured | own)
+            found.append(rows)
+        return found
+
+    def _tokens(self, ids: list[int]) -> Tensor:
+        import torch
+
+        return torch.tensor(ids, device=self.loaded.device)
 
     def _row(self, sample: Sample, spec: MethodSpec, number: int, prompt_tokens: int) -> Row:
         """What is known of a cell on a sample before it is decoded."""

@@ -10,7 +10,7 @@ from shadowkv_cli.answering import reader_of, tokenizer_of
 from shadowkv_cli.config import FullSpec, MethodSpec, ModelShape, ShadowKVSpec, SparseSpec
 from shadowkv_cli.console import format_bytes, format_duration, print_json
 from shadowkv_cli.errors import UsageError
-from shadowkv_cli.evaluate import check_tokenizer, choose_samples, find_missing
+from shadowkv_cli.evaluate import batch_size_for, check_tokenizer, choose_samples, find_missing
 from shadowkv_cli.results import done_cells, read_run
 from shadowkv_cli.run_config import BenchConfig, BenchSettings, EvalConfig, ModelChoice, SweepConfig
 from shadowkv_cli.shared_bytes import shared_cache_bytes
@@ -85,6 +85,7 @@ def describe_evaluation(config: EvalConfig, kind: str = "eval") -> Plan:
     """
     from shadowkv_cli.bench import estimate
     from shadowkv_cli.bench.memory import prefill_bytes
+    from shadowkv_cli.model.loading import resolve_device
 
     dataset = Dataset.open(config.data)
     work = choose_samples(config, dataset)
@@ -94,18 +95,22 @@ def describe_evaluation(config: EvalConfig, kind: str = "eval") -> Plan:
     facts, probe = _model(choice, config.specs, work.longest)
     old = [] if config.fresh or not config.output.exists() else read_run(config.output).predictions
     find_missing(work, config.specs, done_cells(old, include_failed=False))
+    device, to_load = resolve_device(choice.device), facts.weight_bytes
+    together = batch_size_for(config, work, facts.shape, device, still_to_load=to_load)
+    together = min(together, max(len(work.todo), 1))
     prefill_s, decode_s, generated = 0.0, 0.0, 0
     for sample in work.todo:
         cells, tokens = work.missing[sample.id], sample.prompt_tokens
         prefill_s += estimate.prefill_seconds(facts, probe, tokens, cells, choice.backend)
         steps = sample.max_new_tokens - 1  # the first token is the prefill's
         if probe.h2d_gb_s is not None:
-            decode_s += estimate.captured_seconds(
-                facts, probe, cells, tokens, steps, hit_rate=ASSUMED_HITS
+            of_all = estimate.captured_seconds(
+                facts, probe, cells, tokens, steps, hit_rate=ASSUMED_HITS, samples=together
             )
         else:
-            read = sum(step_bytes(spec, facts.shape, tokens) for spec in cells)
-            decode_s += estimate.decode_seconds(facts, probe, read, steps)
+            read = together * sum(step_bytes(spec, facts.shape, tokens) for spec in cells)
+            of_all = estimate.decode_seconds(facts, probe, read, steps)
+        decode_s += of_all / together
         generated += len(cells) * sample.max_new_tokens
     if probe.h2d_gb_s is not None:
         decode_s += estimate.GRAPH_S * len({sample.context_length for sample in work.todo})
@@ -113,9 +118,10 @@ def describe_evaluation(config: EvalConfig, kind: str = "eval") -> Plan:
     rows = sum(map(len, work.missing.values()))
     longest = max(sample.prompt_tokens for sample in work.samples)
     shared = shared_cache_bytes(config.specs, facts.shape, longest, work.room)
-    held = shared.device + shared.host
+    on_host = together * shared.host
+    held = together * shared.device + on_host
     needed = prefill_bytes(
-        facts.weight_bytes, facts.shape, facts.hidden_size, longest, shared.device
+        facts.weight_bytes, facts.shape, facts.hidden_size, longest, together * shared.device
     )
     on_gpu = probe.h2d_gb_s is not None
     prompt_tokens = sum(sample.prompt_tokens for sample in work.todo)
@@ -132,7 +138,8 @@ def describe_evaluation(config: EvalConfig, kind: str = "eval") -> Plan:
             "rows": rows,
             "weight_bytes": facts.weight_bytes,
             "cache_bytes": held,
-            "host_cache_bytes": shared.host,
+            "host_cache_bytes": on_host,
+            "batch_size": together,
             "workspace_bytes": needed.layer + needed.workspace,
             "device_bytes": needed.total,
             "output_bytes": rows * ROW_BYTES,
@@ -146,9 +153,10 @@ def describe_evaluation(config: EvalConfig, kind: str = "eval") -> Plan:
         *(f"  {spec.cell}: {_budget(spec, longest)}" for spec in config.specs),
         f"  {len(work.todo)} prefills of {prompt_tokens:,} tokens in all "
         f"({len(work.samples) - len(work.todo)} of {len(work.samples)} samples are done), then at "
-        f"most {generated:,} generated tokens in {len(config.specs)} cells",
+        f"most {generated:,} generated tokens in {len(config.specs)} cells, of {together} at a "
+        "time",
         f"  memory: {format_bytes(facts.weight_bytes)} of weights, {format_bytes(held)} of caches"
-        f"{_at_most(needed, shared.host) if on_gpu else ''}; "
+        f"{_at_most(needed, on_host) if on_gpu else ''}; "
         f"disk: about {format_bytes(rows * ROW_BYTES)}",
         f"  time: about {format_duration(seconds)} ({format_duration(prefill_s)} of prefills, "
         f"{format_duration(decode_s)} of decoding to the longest answers), estimated from the "

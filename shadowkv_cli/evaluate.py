@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowkv_cli.answering import reader_of, tokenizer_of
+from shadowkv_cli.batching import samples_together
 from shadowkv_cli.catalogue.models import MODELS
-from shadowkv_cli.config import MethodSpec, ShadowKVSpec
+from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec
 from shadowkv_cli.console import notice, progress
 from shadowkv_cli.environment import capture
 from shadowkv_cli.errors import UsageError, unknown_name
@@ -20,6 +22,8 @@ from shadowkv_cli.tasks.metrics import check_metric
 from shadowkv_cli.tasks.rows import Dataset, Sample
 
 if TYPE_CHECKING:
+    import torch
+
     from shadowkv_cli.model.loading import LoadedModel
 
 RANDOM_NOTE = (
@@ -298,8 +302,8 @@ def open_run(config: EvalConfig, kind: RunKind, ready: Ready) -> RunFolder:
 
 def evaluate_loaded(config: EvalConfig, kind: RunKind, ready: Ready, run: RunFolder) -> Outcome:
     """Answer what has no row yet, sample by sample, and append the rows."""
-    from shadowkv_cli.answering import Answerer
-    from shadowkv_cli.side_by_side import Question, answer_all
+    from shadowkv_cli.answering import Answerer, Question
+    from shadowkv_cli.side_by_side import answer_all, in_batches
 
     started = time.monotonic()
     work = ready.work
@@ -321,13 +325,15 @@ def evaluate_loaded(config: EvalConfig, kind: RunKind, ready: Ready, run: RunFol
         tokenizer_mismatch=ready.tokenizer_differs,
     )
     tokens, missing = 0, 0
-    run.record_environment(num_workers=config.num_workers)
+    size = batch_size_for(config, work, ready.loaded.shape, ready.loaded.device)
+    run.record_environment(num_workers=config.num_workers, batch_size=size)
     recorded: dict[str, float | None] = {}  # at once, so that a killed run has it too
     with progress(f"{kind} {config.model.name}", len(work.samples)) as bar:
         bar.skip(finished)
         questions = [Question(s, work.missing[s.id], passes.get(s.id, 0)) for s in todo]
+        batches = in_batches(questions, size, config.num_workers)
         for answered in answer_all(
-            answerer, questions, config.model, ready.reader, config.num_workers
+            answerer, batches, config.model, ready.reader, config.num_workers
         ):
             run.append("predictions", answered.rows)
             tokens += answered.generated_tokens
@@ -338,6 +344,32 @@ def evaluate_loaded(config: EvalConfig, kind: RunKind, ready: Ready, run: RunFol
             sample, rate = answered.question.sample, tokens / (time.monotonic() - started)
             bar.advance(detail=f"{sample.task} {sample.context_length}, {rate:.0f} tokens/s")
     return Outcome(config.output, missing, time.monotonic() - started)
+
+
+def batch_size_for(
+    config: EvalConfig,
+    work: Work,
+    shape: ModelShape,
+    device: torch.device,
+    still_to_load: int = 0,
+) -> int:
+    """Samples that are decoded together: what was asked for, or as many as fit with ease."""
+    if config.batch_size is not None:
+        return config.batch_size
+    import torch
+
+    spread = device.type == "cuda" and config.model.device in ("auto", "cuda")
+    sharing = math.ceil(config.num_workers / (torch.cuda.device_count() if spread else 1))
+    longest = max(sample.prompt_tokens for sample in work.samples)
+    return samples_together(
+        config.specs,
+        shape,
+        device,
+        longest,
+        work.room,
+        workers=sharing,
+        still_to_load=still_to_load,
+    )
 
 
 def _attention_facts(backends: Mapping[str, float | None]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from shadowkv_cli.batching import parse_batch_size
 from shadowkv_cli.catalogue.places import without_hub
 from shadowkv_cli.cells import build_specs, grid, one_at_a_time
 from shadowkv_cli.config import MethodSpec, parse_lengths, split_list
@@ -281,7 +282,7 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class AnswerOptions(DataOptions):
-    """The same, how long answers may be, and how many processes give them."""
+    """The same, how long answers may be, and how many are given at a time."""
 
     max_new_tokens: Annotated[
         int | None,
@@ -297,6 +298,15 @@ class AnswerOptions(DataOptions):
             "several GPUs are shared out.",
         ),
     ] = 1
+    batch_size: Annotated[
+        str,
+        typer.Option(
+            metavar="N|auto",
+            help="Samples that are decoded together, each prefilled by itself: sooner done, but "
+            "rounded differently, as products of another size are. auto: up to 8, as many as a "
+            "quarter of the free memory holds.",
+        ),
+    ] = "1"
 
 
 OneAtATimeOption = Annotated[
@@ -374,4 +384,5 @@ def eval_config(
         command=run.command,
         max_new_tokens=data.max_new_tokens,
         num_workers=data.num_workers,
+        batch_size=parse_batch_size(data.batch_size),
     )

@@ -58,6 +58,7 @@ class EvalConfig:
     command: tuple[str, ...] = ()
     max_new_tokens: int | None = None
     num_workers: int = 1
+    batch_size: int | None = 1  # samples decoded together; None: as many as fit with ease
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_workers"):

@@ -1,33 +1,24 @@
-"""Samples answered in several processes, this one among them; the GPUs are shared out."""
+"""Samples answered in batches by several processes, this one among them; GPUs are shared out."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from itertools import zip_longest
+from itertools import accumulate, groupby, pairwise, zip_longest
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
-from shadowkv_cli.config import MethodSpec
+from shadowkv_cli.answering import Question
 from shadowkv_cli.environment import usable_cores
 from shadowkv_cli.processes import submit, worker_pool
 from shadowkv_cli.rowlog import Row
 from shadowkv_cli.run_config import ModelChoice
-from shadowkv_cli.tasks.rows import Sample
 
 if TYPE_CHECKING:
     from shadowkv_cli.answering import Answerer
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """A sample, the cells that are to answer it, and the number of its first prefill."""
-
-    sample: Sample
-    cells: Sequence[MethodSpec]
-    first_pass: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +47,27 @@ class _Start:
     devices: int
 
 
+Batch = Sequence[Question]
+"""Questions that one batch answers."""
+
 _answerer: Answerer | None = None
+
+
+def in_batches(questions: Sequence[Question], most: int, workers: int) -> list[list[Question]]:
+    """Neighbours of one layout, at most so many at a time, the larger batches first.
+
+    As many batches for one worker as for another, where there are enough questions.
+    """
+    batches: list[list[Question]] = []
+    for _, members in groupby(questions, lambda question: question.layout):
+        alike = list(members)
+        count = math.ceil(len(alike) / most)
+        count = min(math.ceil(count / workers) * workers, len(alike))
+        small, larger = divmod(len(alike), count)
+        sizes = [small + (place < larger) for place in range(count)]
+        ends = accumulate(sizes, initial=0)
+        batches += [alike[first:end] for first, end in pairwise(ends)]
+    return batches
 
 
 def _start_worker(start: _Start, numbers: Any) -> None:
@@ -79,28 +90,33 @@ def _start_worker(start: _Start, numbers: Any) -> None:
     )
 
 
-def _answer(question: Question) -> Answered:
+def _answer(batch: Batch) -> list[Answered]:
     assert _answerer is not None, "the worker was not started"
-    return ask(_answerer, question)
+    return ask(_answerer, batch)
 
 
-def ask(answerer: Answerer, question: Question) -> Answered:
+def ask(answerer: Answerer, batch: Batch) -> list[Answered]:
     """Answer in this process."""
-    rows, tokens = answerer.answer(question.sample, question.cells, question.first_pass)
-    return Answered(question, rows, tokens, dict(answerer.backends_used))
+    found = answerer.answer_together(batch)
+    backends = dict(answerer.backends_used)
+    return [
+        Answered(question, rows, sum(row["generated_tokens"] or 0 for row in rows), backends)
+        for question, rows in zip(batch, found, strict=True)
+    ]
 
 
 def answer_all(
     answerer: Answerer,
-    questions: Sequence[Question],
+    batches: Sequence[Batch],
     choice: ModelChoice,
     reader: ModelChoice,
     num_workers: int,
 ) -> Generator[Answered, None, None]:
-    """Yield the answers as they are there; with one worker in the order of the questions.
+    """Yield the answers as they are there; with one worker in the order of the batches.
 
     Args:
         answerer: of this process, which is one of the workers.
+        batches: see `in_batches`.
         choice: the model that the others load. `cuda` and `auto` share out all GPUs; `cuda:N`
             keeps everyone on that one.
         reader: whose tokenizer they use.
@@ -109,12 +125,12 @@ def answer_all(
     Raises:
         ShadowKVError: full attention failed, or a worker died.
     """
-    others = min(num_workers, len(questions)) - 1
+    others = min(num_workers, len(batches)) - 1
     if others < 1:
-        for question, following in zip_longest(questions, questions[1:]):
-            if following is not None:
-                answerer.encoder.begin(following.sample.text)
-            yield ask(answerer, question)
+        for batch, following in zip_longest(batches, batches[1:], fillvalue=()):
+            for question in (*batch[1:], *following[:1]):
+                answerer.encoder.begin(question.sample.text)
+            yield from ask(answerer, batch)
         return
     import torch
 
@@ -132,7 +148,7 @@ def answer_all(
     for number in range(others):
         numbers.put(number + 1)  # this process has the first GPU
     with worker_pool(others, _start_worker, (start, numbers)) as pool, _threads(start.threads):
-        yield from _share(answerer, list(questions), pool, others)
+        yield from _share(answerer, list(batches), pool, others)
 
 
 @contextmanager
@@ -149,15 +165,16 @@ def _threads(count: int) -> Generator[None, None, None]:
 
 
 def _share(
-    answerer: Answerer, waiting: list[Question], pool: ProcessPoolExecutor, others: int
+    answerer: Answerer, waiting: list[Batch], pool: ProcessPoolExecutor, others: int
 ) -> Generator[Answered, None, None]:
-    """Keep each other worker busy with one question and another in reserve; do the rest here."""
+    """Keep each other worker busy with one batch and another in reserve; do the rest here."""
     waiting.reverse()
-    running: set[Future[Answered]] = set()
+    running: set[Future[list[Answered]]] = set()
     while waiting or running:
         while waiting and len(running) < 2 * others:
             running.add(submit(pool, _answer, waiting.pop()))
         if waiting:
-            yield ask(answerer, waiting.pop())
+            yield from ask(answerer, waiting.pop())
         done, running = wait(running, timeout=0 if waiting else None, return_when=FIRST_COMPLETED)
-        yield from (future.result() for future in done)
+        for future in done:
+            yield from future.result()

@@ -55,11 +55,13 @@ def _of_length(length: int, rows: Sequence[Row]) -> Times:
     passes = list(group_by(rows, lambda r: (r["id"], r["pass"])).values())
     steps, speeds = [], []
     for own in passes:
+        # Of several samples that are decoded together each has its share of the speed.
         longest = max(r["generated_tokens"] for r in own) - 1  # the first is the prefill's
+        run, together = own[0].get("decode_steps", longest), own[0].get("samples_together", 1)
         decoded = sum(r["generated_tokens"] - 1 for r in own)
         if longest > 0 and own[0].get("decode_s"):
-            steps.append(own[0]["decode_s"] / longest * 1e3)
-            speeds.append(decoded / own[0]["decode_s"])
+            steps.append(own[0]["decode_s"] / run * 1e3)
+            speeds.append(decoded * together / own[0]["decode_s"])
 
     def most(name: str) -> int | None:
         return max((r[name] for r in rows if r.get(name)), default=None)

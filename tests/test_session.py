@@ -153,6 +153,23 @@ def test_unequal_prompts_in_one_batch() -> None:
         assert found[2 * i : 2 * i + 2] == alone, i
 
 
+def test_one_batch_of_prompts_after_another() -> None:
+    """Each as in a session of its own; tables of prompts that are gone make room for others."""
+    loaded = tiny_model("phi3")
+    specs = build_specs(["full", "shadowkv"], {"rank": "32", "sparse_budget": "32"})
+    session = Session(loaded, specs, prompt_tokens=301, new_tokens=8, num_prompts=2)
+    for lengths in ((97, 80), (301, 160), (60, 250), (301, 301), (40, 41)):
+        first = []
+        for i, tokens in enumerate(lengths):
+            token = session.prefill(prompt_of(tokens, i), index=i, key=str(i)).argmax(-1)
+            first += [token] * len(specs)
+        found = session.generate(torch.stack(first), [8] * 4, frozenset())
+        for i, tokens in enumerate(lengths):
+            alone, _ = answers(loaded, specs, prompt_of(tokens, i), 8)
+            assert found[2 * i : 2 * i + 2] == alone, (lengths, i)
+        assert session.store.tables.cos.shape[0] <= 2
+
+
 @pytest.mark.parametrize("buffers", ["value_buffer=4,key_buffer=2", "value_placement=host"])
 def test_where_chunks_are_held_changes_no_token(buffers: str) -> None:
     loaded, ids = tiny_model("qwen2"), prompt_of(400)

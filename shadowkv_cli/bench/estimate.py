@@ -118,9 +118,16 @@ def captured_seconds(
     tokens: int,
     steps: int,
     hit_rate: float,
+    samples: int = 1,
 ) -> float:
-    """Estimate the same for cells that share a prompt on a GPU, a step being one CUDA graph."""
+    """Estimate the same for cells that share prompts on a GPU, a step being one CUDA graph."""
     step = together.step_ms(
-        specs, facts.shape, facts.weight_bytes, probe, tokens, hit_rate=hit_rate
+        specs,
+        facts.shape,
+        facts.weight_bytes,
+        probe,
+        tokens,
+        hit_rate=hit_rate,
+        samples=samples,
     )
     return steps * step / 1e3

@@ -1,4 +1,4 @@
-"""How long a step of several cells on one prompt takes as one CUDA graph: phase by phase.
+"""How long a step of several cells on a few prompts takes as one CUDA graph: phase by phase.
 
 What one cell alone takes (see `plan`), with the weights read once, and what a launch costs counted
 once a group of cells that work as one.
@@ -28,8 +28,9 @@ def step_ms(
     prompt_tokens: int,
     *,
     hit_rate: float,
+    samples: int = 1,
 ) -> float:
-    """Milliseconds of a step of one row a cell; cells that are dense here share one row."""
+    """Milliseconds of a step of one row a cell and sample; cells that are dense here share one."""
     active = [spec for spec in specs if not spec.is_dense(prompt_tokens)]
     rows: list[MethodSpec] = [*active]
     if len(active) < len(specs):
@@ -43,11 +44,11 @@ def step_ms(
             spec, shape, weight_bytes, probe, prompt_tokens, batch, hit_rate=hit_rate, lanes=1
         )
 
-    total = phases_of(FullSpec(), len(rows))["dense"]
+    total = phases_of(FullSpec(), len(rows) * samples)["dense"]
     for own in groups.values():
         sums: dict[str, float] = {}
         for spec in own:
-            for name, ms in phases_of(spec, 1).items():
+            for name, ms in phases_of(spec, samples).items():
                 sums[name] = sums.get(name, 0.0) + ms
         for name in sums:
             launch = shape.num_layers * plan.LAUNCH_US.get(name, 0.0) / 1e3

@@ -170,12 +170,29 @@ class Session:
             tables.cos.copy_(cos[None])
             tables.sin.copy_(sin[None])
         elif probe not in self._tables:
-            self._tables[probe] = tables.cos.shape[0]
-            tables.cos = torch.cat((tables.cos, cos[None]))
-            tables.sin = torch.cat((tables.sin, sin[None]))
-            self._graphs.clear()
+            place = self._free_table(tables, prompt.index)
+            if place < tables.cos.shape[0]:
+                self._tables = {p: at for p, at in self._tables.items() if at != place}
+                tables.cos[place], tables.sin[place] = cos, sin
+            else:
+                tables.cos = torch.cat((tables.cos, cos[None]))
+                tables.sin = torch.cat((tables.sin, sin[None]))
+                self._graphs.clear()
+            self._tables[probe] = place
         tables.index[prompt.index] = 0 if self.num_prompts == 1 else self._tables[probe]
         self.store.tables = tables
+
+    def _free_table(self, tables: RotaryTables, prompt_index: int) -> int:
+        """Where a prompt's table may go: behind all, or in place of one that no other prompt has.
+
+        A prompt of an earlier batch may have left one behind: there are never more than prompts.
+        """
+        count = tables.cos.shape[0]
+        if count < self.num_prompts:
+            return count
+        others = tables.index.tolist()
+        del others[prompt_index]
+        return min(set(range(count)) - set(others))
 
     def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine [rows, tokens, D'] for the model, from the fixed tables."""
