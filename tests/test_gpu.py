@@ -127,6 +127,25 @@ def test_eval_sweep_and_bench_run_on_the_gpu(
     assert all(r["host_bytes"] > 0 and r["peak_memory_bytes"] > 0 for r in shadow)
 
 
+def test_samples_together_give_what_they_give_alone(tmp_path: Path) -> None:
+    """By one graph of all their rows; a trained model, whose answers do not hang on last bits."""
+    data = tmp_path / "data"
+    build = "build-data ruler --tokenizer demo --context-length 1k --num-samples 5 --seed 3"
+    tasks = "niah_single_2,niah_multikey_1"
+    assert run([*build.split(), "--tasks", tasks, "--output", str(data)]) == 0
+    found = {}
+    for size in ("1", "4", "auto"):
+        command = ["eval", "--model", "demo", "--device", "cuda", "--dtype", "float32"]
+        command += ["--data", str(data), "--method", "full,shadowkv", "--sparse-budget", "64"]
+        more = ["--rank", "32", "--batch-size", size, "--output", str(tmp_path / size)]
+        assert run([*command, *more]) == 0
+        rows = read_run(tmp_path / size).predictions
+        found[size] = {(r["id"], r["cell"]): r["prediction"] for r in rows}
+        most = max(r["samples_together"] for r in rows)
+        assert most == {"1": 1, "4": 4, "auto": 5}[size]
+    assert found["1"] == found["4"] == found["auto"]
+
+
 def test_doctor_sees_the_gpu(capsys) -> None:
     assert run(["doctor", "--require", "cuda", "--probe", "--json", "--offline"]) == 0
     report = capsys.readouterr().out
