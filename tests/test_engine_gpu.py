@@ -261,13 +261,18 @@ def test_a_batch_on_memory_that_another_one_left_decodes_the_same() -> None:
     assert idle_bytes() == left, "nothing was pinned anew"
 
 
-def product_graph() -> StepGraph:
-    """A captured product of few rows and a long sum: cuBLAS splits it, in its workspace."""
+def product_factors() -> tuple[torch.Tensor, torch.Tensor]:
+    """Few rows and a long sum: cuBLAS splits their product, in its workspace."""
     generator = torch.Generator("cuda").manual_seed(0)
     rows, weight = (
         torch.randn(size, generator=generator, device="cuda", dtype=torch.bfloat16)
         for size in ((8, 14_336), (14_336, 4096))
     )
+    return rows, weight
+
+
+def product_graph(rows: torch.Tensor, weight: torch.Tensor) -> StepGraph:
+    """The product, captured; both must outlive it."""
 
     def step(tokens: torch.Tensor) -> Stepped:
         logits = rows @ weight + tokens[:, None]
@@ -277,8 +282,8 @@ def product_graph() -> StepGraph:
 
 
 def test_a_graph_goes_on_when_the_one_before_it_is_gone() -> None:
-    tokens = torch.arange(8, device="cuda")
-    before, graph = product_graph(), product_graph()
+    factors, tokens = product_factors(), torch.arange(8, device="cuda")
+    before, graph = product_graph(*factors), product_graph(*factors)
     expected = graph.replay(tokens).logits.clone()
     del before
     gc.collect()
@@ -290,11 +295,12 @@ def test_a_graph_goes_on_when_the_one_before_it_is_gone() -> None:
 
 
 def test_graphs_that_come_and_go_leave_no_memory_behind() -> None:
-    product_graph()
+    factors = product_factors()
+    product_graph(*factors)
     gc.collect()
     held = torch.cuda.memory_allocated()
     for _ in range(40):  # more than there are streams
-        product_graph()
+        product_graph(*factors)
     gc.collect()
     assert torch.cuda.memory_allocated() == held
 
@@ -311,7 +317,8 @@ def test_a_step_that_fails_while_it_is_captured_says_what_failed() -> None:
     with pytest.raises(ShadowKVError, match="no room"):
         StepGraph(step, 2, torch.device("cuda"), forget=lambda: None)
     assert len(calls) == 2
-    assert product_graph().replay(torch.arange(8, device="cuda")).finite.all()
+    factors = product_factors()
+    assert product_graph(*factors).replay(torch.arange(8, device="cuda")).finite.all()
 
 
 def test_a_session_that_nobody_wants_goes_before_a_capture_or_after_it() -> None:
