@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shadowkv_cli.bench import soak
@@ -23,6 +23,7 @@ SHAPE = ModelShape(num_layers=2, num_q_heads=4, num_kv_heads=2, head_dim=64, ele
 FAST = ["--size", "small", "--steps", "5"]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from([1024, 16_384]))
 def test_a_case_is_one_line_that_says_all(seed: int, longest: int) -> None:
     case = draw_case(random.Random(seed), SHAPE, longest)
