@@ -5,6 +5,9 @@ VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 COMPUTE_SANITIZER ?= compute-sanitizer
+# `make soak-gpu` twice: without and with the profiler.
+SOAK_SEED ?= 0
+SOAK_SECONDS ?= 120
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -34,7 +37,7 @@ LEVERS := $(DECODE) $(LLAMA) --batch-size $(LEVER_BATCH) --one-at-a-time --metho
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 train-demo test test-smollm2 test-gpu sanitize-gpu lint format typecheck bench-data \
+.PHONY: help setup demo demo-smollm2 train-demo test test-smollm2 test-gpu sanitize-gpu soak-gpu sanitize-soak-gpu lint format typecheck bench-data \
 	bench-ops bench-gpu bench-fp8 bench-lengths bench-levers \
 	bench-levers-bytes bench-prefill kernels wheel clean
 
@@ -108,6 +111,13 @@ test-gpu: setup ## Run the tests that need a GPU
 
 sanitize-gpu: setup ## Let compute-sanitizer watch every op on small cases, on a GPU
 	COMPUTE_SANITIZER=$(COMPUTE_SANITIZER) kernels/sanitize.sh $(abspath $(BIN)/python)
+
+soak-gpu: kernels ## Decode random configurations in lanes and graphs on a GPU, against one lane op by op
+	$(BIN)/python -m shadowkv_cli.bench.soak --seed $(SOAK_SEED) --seconds $(SOAK_SECONDS) --cases 100000
+	$(BIN)/python -m shadowkv_cli.bench.soak --seed $(SOAK_SEED) --seconds $(SOAK_SECONDS) --cases 100000 --profile
+
+sanitize-soak-gpu: kernels ## Let compute-sanitizer watch a few of these, on a GPU
+	COMPUTE_SANITIZER=$(COMPUTE_SANITIZER) kernels/sanitize_soak.sh $(abspath $(BIN)/python)
 
 lint: setup ## Check style, format and types; changes nothing
 	$(BIN)/ruff check .

@@ -14,10 +14,12 @@ from shadowkv_cli.bench.driven_hits import drive
 from shadowkv_cli.bench.state import fill_synthetic
 from shadowkv_cli.cells import build_specs
 from shadowkv_cli.cli import run
+from shadowkv_cli.errors import ShadowKVError
 from shadowkv_cli.methods.pinned import idle_bytes
 from shadowkv_cli.model.fused import join_projections
 from shadowkv_cli.model.loading import LoadedModel, describe
 from shadowkv_cli.model.session import Session
+from shadowkv_cli.model.step_graph import StepGraph, Stepped
 from shadowkv_cli.results import read_run
 from shadowkv_cli.testing import FAMILIES, tiny_model
 
@@ -257,3 +259,103 @@ def test_a_batch_on_memory_that_another_one_left_decodes_the_same() -> None:
     assert decoded(2) == expected
     gc.collect()
     assert idle_bytes() == left, "nothing was pinned anew"
+
+
+def product_factors() -> tuple[torch.Tensor, torch.Tensor]:
+    """Few rows and a long sum: cuBLAS splits their product, in its workspace."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    rows, weight = (
+        torch.randn(size, generator=generator, device="cuda", dtype=torch.bfloat16)
+        for size in ((8, 14_336), (14_336, 4096))
+    )
+    return rows, weight
+
+
+def product_graph(rows: torch.Tensor, weight: torch.Tensor) -> StepGraph:
+    """The product, captured; both must outlive it."""
+
+    def step(tokens: torch.Tensor) -> Stepped:
+        logits = rows @ weight + tokens[:, None]
+        return Stepped(logits.argmax(-1), torch.isfinite(logits).all(-1), logits)
+
+    return StepGraph(step, 8, torch.device("cuda"), forget=lambda: None)
+
+
+def test_a_graph_goes_on_when_the_one_before_it_is_gone() -> None:
+    factors, tokens = product_factors(), torch.arange(8, device="cuda")
+    before, graph = product_graph(*factors), product_graph(*factors)
+    expected = graph.replay(tokens).logits.clone()
+    del before
+    gc.collect()
+    torch.cuda.empty_cache()
+    # Whatever was given back holds something else now.
+    taken = [torch.full((1 << 24,), float("nan"), device="cuda") for _ in range(32)]
+    assert torch.equal(graph.replay(tokens).logits, expected)
+    assert bool(taken[0].isnan().all())
+
+
+def test_graphs_that_come_and_go_leave_no_memory_behind() -> None:
+    factors = product_factors()
+    product_graph(*factors)
+    gc.collect()
+    held = torch.cuda.memory_allocated()
+    for _ in range(40):  # more than there are streams
+        product_graph(*factors)
+    gc.collect()
+    assert torch.cuda.memory_allocated() == held
+
+
+def test_a_step_that_fails_while_it_is_captured_says_what_failed() -> None:
+    calls = []
+
+    def step(tokens: torch.Tensor) -> Stepped:
+        calls.append(1)
+        if len(calls) == 2:
+            raise ShadowKVError("no room")
+        return Stepped(tokens, tokens == tokens, tokens)
+
+    with pytest.raises(ShadowKVError, match="no room"):
+        StepGraph(step, 2, torch.device("cuda"), forget=lambda: None)
+    assert len(calls) == 2
+    factors = product_factors()
+    assert product_graph(*factors).replay(torch.arange(8, device="cuda")).finite.all()
+
+
+def test_a_session_that_nobody_wants_goes_before_a_capture_or_after_it() -> None:
+    loaded, specs = on_gpu("llama"), build_specs(["shadowkv"], SMALL | {"value_placement": "host"})
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        session, found = None, []
+        for _ in range(4):
+            session = Session(loaded, specs, prompt_tokens=403, new_tokens=5)
+            loop = [session]
+            loop.append(loop)  # so that it goes with the garbage only
+            found.append(forced_logits(session, prompt_of(403), 1, 5))
+            assert session.is_captured
+    finally:
+        gc.set_threshold(*thresholds)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_more_lanes_than_there_are_streams_decode_the_same(captures: bool) -> None:
+    rows = 36
+    (spec,) = build_specs(
+        ["shadowkv"],
+        SMALL | {"value_placement": "host", "value_buffer": "2", "key_buffer": "1"},
+    )
+    session = Session(
+        on_gpu("llama"), [spec], prompt_tokens=512, new_tokens=20, num_prompts=rows,
+        merge_cells=False,
+    )  # fmt: skip
+    fill_synthetic(session, 512)
+    tokens = torch.tensor(prompt_of(20, seed=2), device="cuda")
+    found = []
+    for lanes in (1, rows):
+        session.focus(spec, lanes=lanes, captures=captures)
+        with session.attached():
+            for token in tokens:
+                logits = session.next_tokens(token.expand(rows)).logits
+        found.append(logits.clone())
+    assert torch.equal(*found)

@@ -14,22 +14,29 @@ SEED = 42
 
 
 @torch.inference_mode()
-def fill_synthetic(session: Session, prompt_tokens: int) -> torch.Tensor:
-    """Give every prompt random keys and values, each its own; returns random first tokens [P]."""
+def fill_synthetic(session: Session, prompt_tokens: int | Sequence[int]) -> torch.Tensor:
+    """Give every prompt random keys and values, each its own; returns random first tokens [P].
+
+    Args:
+        session: any; it forgets what it decoded.
+        prompt_tokens: of all prompts, or of each.
+    """
     shape, store = session.loaded.shape, session.store
     generator = torch.Generator(store.device).manual_seed(SEED)
 
-    def normal(heads: int) -> torch.Tensor:
-        size = (heads, prompt_tokens, shape.head_dim)
+    def normal(heads: int, tokens: int) -> torch.Tensor:
+        size = (heads, tokens, shape.head_dim)
         return torch.randn(size, generator=generator, device=store.device, dtype=store.dtype)
 
-    for index in range(session.num_prompts):
-        prompt = Prompt(index, prompt_tokens, f"synthetic-{index}")
+    if isinstance(prompt_tokens, int):
+        prompt_tokens = [prompt_tokens] * session.num_prompts
+    for index, tokens in enumerate(prompt_tokens):
+        prompt = Prompt(index, tokens, f"synthetic-{index}")
         session.set_prompt(prompt)
         for layer in range(shape.num_layers):
-            k, v = normal(shape.num_kv_heads), normal(shape.num_kv_heads)
+            k, v = (normal(shape.num_kv_heads, tokens) for _ in range(2))
             # No method looks at the prompt's queries; theirs would be the largest tensor of all.
-            q = k.new_zeros(1).expand(shape.num_q_heads, prompt_tokens, shape.head_dim)
+            q = k.new_zeros(1).expand(shape.num_q_heads, tokens, shape.head_dim)
             store.add_layer(layer, prompt, k, v)
             for _, group in session.groups:
                 group.prefill_layer(layer, prompt, q, k, v)

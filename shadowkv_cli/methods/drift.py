@@ -21,11 +21,18 @@ class Drift:
         self, layers: int, rows: int, q_heads: int, dim: int, like: Tensor, seed: int
     ) -> None:
         device = like.device
-        generator = torch.Generator(device).manual_seed(seed)
-        self._state = torch.randn(layers, rows, q_heads, dim, generator=generator, device=device)
+        self._seed = seed
+        self._state = torch.empty(layers, rows, q_heads, dim, device=device)
         self._dtype = like.dtype
         self.keep = torch.zeros((), device=device)
+        self.restart()
         self.queries = self._state.to(self._dtype)
+
+    @torch.inference_mode()
+    def restart(self) -> None:
+        """Back to where the walk began, also for a graph that was captured meanwhile."""
+        generator = torch.Generator(self._state.device).manual_seed(self._seed)
+        self._state.normal_(generator=generator)
 
     def advance(self) -> None:
         """Go on by one step, without waiting for the device."""

@@ -112,7 +112,8 @@ class SparseGroup(Group):
         self.row_kept: list[Kept] = kept
         self.fetched = torch.zeros(new_tokens + 1, count, dtype=torch.int64, device=device)
         self.selected = torch.zeros_like(self.fetched)  # by step and row
-        self._counted: tuple[Tensor, Tensor]  # of the last layer: selected chunks, misses
+        self._placed: tuple[Placed, Placed]
+        """Keys and values of the last layer: held until all lanes have joined."""
         self._to_count: list[tuple[Tensor, Tensor, Tensor]] = []
         self.stream: SideStream | None = None
         """Where a lane attends beside the others."""
@@ -225,7 +226,8 @@ class SparseGroup(Group):
         for join in joins:
             join.wait()
         for lane, counter in zip(self.lanes, self._counter.split(sizes), strict=True):
-            self._to_count.append((counter, *lane._counted))
+            values = lane._placed[1]
+            self._to_count.append((counter, values.ids, values.miss_counts))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _attend_chunks(self, layer: int, selecting: Tensor, q: Tensor, scale: float) -> Tensor:
@@ -237,7 +239,8 @@ class SparseGroup(Group):
             self.load_keys(layer, keys)
         self.load_values(layer, values)
         keys_there.wait()
-        self._counted = (ids, values.miss_counts)
+        # The key stream's memory could go to another lane, where two have one stream: torch has 32.
+        self._placed = keys, values
         return self._attend_slots(layer, q, keys.slots, values.slots, scale)
 
     def _attend_slots(

@@ -119,9 +119,10 @@ class Session:
         group = next(group for _, group in self.groups if group.rows[0].spec == spec)
         assert len(group.rows) == self.num_prompts, "the cells of this session are merged"
         self._captures = self._captures if captures is None else captures
-        group.split_lanes(lanes)
-        group.drift = None
+        # A graph's memory goes with it, unless lanes keep something that lies there.
         self._graphs.clear()
+        group.drift = None
+        group.split_lanes(lanes)
         self._decode_all([(list(range(self.num_prompts)), group)], padded=False)
         self.reset()
 
