@@ -66,7 +66,6 @@ __global__ void __launch_bounds__(CLUSTER_THREADS, HALVES == 1 ? 3 : 2)
   // By the row's own count, so that the blocks of a short row have equal shares too.
   const int share = cluster_share(count), rank = cluster_rank();
   const int first = min(rank * share, count), chunks = min(share, count - first);
-  int* ids = p.ids + plane * p.max_chunks;
 
   clear_bins(room);
   if (threadIdx.x == 0) room.placed = 0;
@@ -96,6 +95,7 @@ __global__ void __launch_bounds__(CLUSTER_THREADS, HALVES == 1 ? 3 : 2)
   rank_share(p, room, scores, chunks, best);
   cluster_sync();
 
+  int* ids = p.ids + plane * p.max_chunks;
   // Of this thread's bins: chosen keys of lower ranks.
   int wanted = max(min(p.budget_chunks[r], p.max_chunks), 0);
   int in_lower = find_cluster_bin(room, rank, wanted);

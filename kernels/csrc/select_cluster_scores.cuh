@@ -63,9 +63,10 @@ __device__ void score_share(const SelectParams& p, const T* queries, const Store
   load_queries<T, Stored, D, HALVES>(queries, p.group, query);
   const uint64_t policy = evict_first();
   Softmax softmax[HALVES];
+  landmarks += quad * Piece::DIMS;
   for (int first = warp * TILES * 8; first < count; first += CLUSTER_WARPS * TILES * 8) {
     uint32_t words[TILES][Piece::COUNT][Piece::WORDS];
-    bool is_barred[TILES];
+    unsigned barred_tiles = 0;  // a bit a tile
     float scale[TILES][2];
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
@@ -73,11 +74,12 @@ __device__ void score_share(const SelectParams& p, const T* queries, const Store
       const int row = min(first + n * 8 + lane / 4, count - 1);
 #pragma unroll
       for (int j = 0; j < Piece::COUNT; ++j) {
-        Piece::load(landmarks + static_cast<int64_t>(row) * D + (j * 4 + quad) * Piece::DIMS, policy,
+        Piece::load(landmarks + static_cast<int64_t>(row) * D + j * 4 * Piece::DIMS, policy,
                     words[n][j]);
       }
       const int column = first + n * 8 + lane % 8;
-      is_barred[n] = column >= count | excluded[min(column, count - 1) >> shift];
+      const bool is_barred = column >= count | excluded[min(column, count - 1) >> shift];
+      barred_tiles |= static_cast<unsigned>(is_barred) << n;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         scale[n][i] = p.scale;
@@ -100,7 +102,7 @@ __device__ void score_share(const SelectParams& p, const T* queries, const Store
           multiply_add<Product>(c, upper, b.x, b.y);
         }
       }
-      const unsigned barred = __ballot_sync(ALL_LANES, is_barred[n]) >> quad * 2;
+      const unsigned barred = __ballot_sync(ALL_LANES, barred_tiles >> n & 1) >> quad * 2;
 #pragma unroll
       for (int half = 0; half < HALVES; ++half) {
         const int g = lane / 4 + half * 8;
