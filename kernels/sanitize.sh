@@ -4,16 +4,9 @@
 set -u
 python=${1:-python3}
 cd "$(dirname "$0")/.."
-export PYTHONSAFEPATH=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+. kernels/sanitizer.sh
 # Every tensor in memory of its own, so that reading beyond it is seen.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-sanitizer=${COMPUTE_SANITIZER:-compute-sanitizer}
-if ! command -v "$sanitizer" >/dev/null; then
-	echo "There is no $sanitizer here: install the CUDA toolkit, or set COMPUTE_SANITIZER." >&2
-	exit 1
-fi
-logs=$(mktemp -d)
-trap 'rm -rf "$logs"' EXIT
 
 watch() {
 	"$sanitizer" --tool "$1" --error-exitcode 1 --kernel-regex kns=shadowkv \

@@ -5,14 +5,7 @@
 set -u
 python=${1:-python3}
 cd "$(dirname "$0")/.."
-export PYTHONSAFEPATH=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-sanitizer=${COMPUTE_SANITIZER:-compute-sanitizer}
-if ! command -v "$sanitizer" >/dev/null; then
-	echo "There is no $sanitizer here: install the CUDA toolkit, or set COMPUTE_SANITIZER." >&2
-	exit 1
-fi
-logs=$(mktemp -d)
-trap 'rm -rf "$logs"' EXIT
+. kernels/sanitizer.sh
 status=0
 
 # NAME TOOL [OPTION...]: the options are the soak's.

@@ -134,10 +134,11 @@ class Answerer:
         """
         from shadowkv_cli.model.failures import MethodFailure, is_out_of_memory
 
-        encoded = [self._encoded(q.sample) for q in questions] if len(questions) > 1 else []
+        together = len(questions) > 1 and not self._one_by_one
+        encoded = [self._encoded(q.sample) for q in questions] if together else []
         # Other tokens than the data say may be dense for other cells.
         dense = {tuple(s.is_dense(len(ids)) for s in questions[0].cells) for ids in encoded}
-        if len(dense) == 1 and not self._one_by_one:
+        if len(dense) == 1:
             try:
                 return self._side_by_side(questions, encoded, questions[0].cells)
             except (MethodFailure, MemoryError, RuntimeError) as error:

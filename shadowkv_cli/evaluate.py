@@ -332,17 +332,17 @@ def evaluate_loaded(config: EvalConfig, kind: RunKind, ready: Ready, run: RunFol
         bar.skip(finished)
         questions = [Question(s, work.missing[s.id], passes.get(s.id, 0)) for s in todo]
         batches = in_batches(questions, size, config.num_workers)
-        for answered in answer_all(
-            answerer, batches, config.model, ready.reader, config.num_workers
-        ):
-            run.append("predictions", answered.rows)
-            tokens += answered.generated_tokens
-            missing += len({r["cell"] for r in answered.rows if r["error"] is not None})
-            if not answered.backends.keys() <= recorded.keys():
-                recorded |= answered.backends
-                run.record_environment(**_attention_facts(recorded))
-            sample, rate = answered.question.sample, tokens / (time.monotonic() - started)
-            bar.advance(detail=f"{sample.task} {sample.context_length}, {rate:.0f} tokens/s")
+        for batch in answer_all(answerer, batches, config.model, ready.reader, config.num_workers):
+            for answered in batch:
+                run.append("predictions", answered.rows)
+                tokens += answered.generated_tokens
+                missing += len({r["cell"] for r in answered.rows if r["error"] is not None})
+                if not answered.backends.keys() <= recorded.keys():
+                    recorded |= answered.backends
+                    run.record_environment(**_attention_facts(recorded))
+            sample, rate = batch[-1].question.sample, tokens / (time.monotonic() - started)
+            detail = f"{sample.task} {sample.context_length}, {rate:.0f} tokens/s"
+            bar.advance(len(batch), detail=detail)  # at once: the time left is told by batches
     return Outcome(config.output, missing, time.monotonic() - started)
 
 

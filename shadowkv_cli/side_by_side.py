@@ -111,8 +111,8 @@ def answer_all(
     choice: ModelChoice,
     reader: ModelChoice,
     num_workers: int,
-) -> Generator[Answered, None, None]:
-    """Yield the answers as they are there; with one worker in the order of the batches.
+) -> Generator[list[Answered], None, None]:
+    """Yield each batch's answers as they are there; with one worker in the order of the batches.
 
     Args:
         answerer: of this process, which is one of the workers.
@@ -130,7 +130,7 @@ def answer_all(
         for batch, following in zip_longest(batches, batches[1:], fillvalue=()):
             for question in (*batch[1:], *following[:1]):
                 answerer.encoder.begin(question.sample.text)
-            yield from ask(answerer, batch)
+            yield ask(answerer, batch)
         return
     import torch
 
@@ -166,7 +166,7 @@ def _threads(count: int) -> Generator[None, None, None]:
 
 def _share(
     answerer: Answerer, waiting: list[Batch], pool: ProcessPoolExecutor, others: int
-) -> Generator[Answered, None, None]:
+) -> Generator[list[Answered], None, None]:
     """Keep each other worker busy with one batch and another in reserve; do the rest here."""
     waiting.reverse()
     running: set[Future[list[Answered]]] = set()
@@ -174,7 +174,6 @@ def _share(
         while waiting and len(running) < 2 * others:
             running.add(submit(pool, _answer, waiting.pop()))
         if waiting:
-            yield from ask(answerer, waiting.pop())
+            yield ask(answerer, waiting.pop())
         done, running = wait(running, timeout=0 if waiting else None, return_when=FIRST_COMPLETED)
-        for future in done:
-            yield from future.result()
+        yield from (future.result() for future in done)

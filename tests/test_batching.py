@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shadowkv_cli import batching
+from shadowkv_cli import batching, console
 from shadowkv_cli.answering import Question
 from shadowkv_cli.batching import MOST_SAMPLES, samples_together
 from shadowkv_cli.bench import memory
@@ -152,10 +153,14 @@ def answers(path: Path) -> dict:
       "--batch-size", "5"], {5})],
 )  # fmt: skip
 def test_samples_together_give_what_they_give_alone(
-    more: list[str], sizes: set[int], data: Path, alone: dict, tmp_path: Path
+    more: list[str], sizes: set[int], data: Path, alone: dict, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     """A trained model: its answers do not hang on the last bits of a product."""
+    monkeypatch.setattr(console, "PLAIN_INTERVAL_S", 0.0)
     assert run(command(data, *more, output=tmp_path / "run")) == 0
+    done = [int(n) for n in re.findall(r": (\d+)/10, ", capsys.readouterr().err)]
+    steps = {after - before for before, after in itertools.pairwise([0, *done])}
+    assert steps == sizes, "the time left is told by whole batches"
     assert answers(tmp_path / "run") == alone
     read = read_run(tmp_path / "run")
     assert {row["samples_together"] for row in read.predictions} == sizes
@@ -212,7 +217,7 @@ def fail_together(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_without_memory_for_several_each_runs_alone_from_then_on(
-    fail_together, data: Path, alone: dict, tmp_path: Path, capsys
+    fail_together, data: Path, alone: dict, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     tried = fail_together(torch.OutOfMemoryError("CUDA out of memory."))
     assert run(command(data, "--batch-size", "5", output=tmp_path / "run")) == 0

@@ -87,7 +87,8 @@ def _mlp(forward: Callable[[Tensor], Tensor], *, ends: bool) -> Callable[[Tensor
     def run(x: Tensor) -> Tensor:
         assert _active is not None, "MLPs run while a session is attached"
         last_alone = ends and _active.wants_last_token
-        out = forward(x[:, -1:]).expand_as(x) if last_alone else run_tiles(x)
+        # One token's in every place, as memory of its own: a norm may follow.
+        out = forward(x[:, -1:]).expand_as(x).contiguous() if last_alone else run_tiles(x)
         if is_long(x.shape[1]):
             _active.end_layer()
         return out
