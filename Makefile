@@ -51,7 +51,8 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "Python 3.11 or newer is needed: make setup PYTHON=python3.11" >&2; exit 1; }
 	@echo "Installing into $(VENV); the first time this takes a few minutes."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[dev]"
+	@# Of the thousands of modules few are ever imported, and these Python compiles then.
+	$(BIN)/pip install --quiet --no-compile $(PIP_ARGS) -c constraints.txt -e ".[dev]"
 	@touch $@
 
 demo: ## Build data, evaluate, sweep and plot with the bundled model, on a CPU, in minutes
@@ -87,7 +88,7 @@ demo-smollm2: ## The same on real pretrained weights, SmolLM2-135M, which need n
 		--method streaming:sparse_budget=128,chunk_size=8,outlier_chunks=auto \
 		--one-at-a-time --sparse-budget 128,16,32,64,192,256,512 --rank 96,16,24,32,160 \
 		--chunk-size 8,4,16 --outlier-chunks auto,0 \
-		--bench-context-length 8k --bench-batch-size 4 --decode-steps $(SMOLLM2_STEPS) --warmup-steps 1 \
+		--bench-context-length 8k --bench-batch-size 4 --decode-steps $(SMOLLM2_STEPS) --warmup-steps 1 --rounds 4 \
 		--output results/smollm2
 	@echo "Pictures:"
 	@$(SHADOWKV) plot results/smollm2 2>/dev/null
