@@ -35,6 +35,9 @@ LEVERS := $(DECODE) $(LLAMA) --batch-size $(LEVER_BATCH) --one-at-a-time --metho
 
 # The folders kernels/ and datasets/ must never shadow the packages of these names.
 export PYTHONSAFEPATH := 1
+# pip compiles no module here (see setup): a Python that may not keep what it compiles would compile
+# thousands of lines again in every process, which takes 10 s where a model is loaded.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-smollm2 train-demo test test-smollm2 test-gpu sanitize-gpu soak-gpu sanitize-soak-gpu lint format typecheck bench-data \

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import deque
 from collections.abc import Generator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import accumulate, groupby, pairwise, zip_longest
 from multiprocessing import get_context
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from shadowkv_cli.answering import Question
@@ -148,7 +150,7 @@ def answer_all(
     for number in range(others):
         numbers.put(number + 1)  # this process has the first GPU
     with worker_pool(others, _start_worker, (start, numbers)) as pool, _threads(start.threads):
-        yield from _share(answerer, list(batches), pool, others)
+        yield from _share(answerer, batches, pool, others)
 
 
 @contextmanager
@@ -165,15 +167,37 @@ def _threads(count: int) -> Generator[None, None, None]:
 
 
 def _share(
-    answerer: Answerer, waiting: list[Batch], pool: ProcessPoolExecutor, others: int
+    answerer: Answerer, batches: Sequence[Batch], pool: ProcessPoolExecutor, others: int
 ) -> Generator[list[Answered], None, None]:
-    """Keep each other worker busy with one batch and another in reserve; do the rest here."""
-    waiting.reverse()
-    running: set[Future[list[Answered]]] = set()
-    while waiting or running:
-        while waiting and len(running) < 2 * others:
-            running.add(submit(pool, _answer, waiting.pop()))
-        if waiting:
-            yield ask(answerer, waiting.pop())
-        done, running = wait(running, timeout=0 if waiting else None, return_when=FIRST_COMPLETED)
-        yield from (future.result() for future in done)
+    """Whoever is free, this process included, takes the next batch: none is kept for anyone."""
+    waiting, done = deque(batches), SimpleQueue[Future[list[Answered]]]()
+
+    def take_next() -> Batch | None:
+        try:
+            return waiting.popleft()
+        except IndexError:  # a thread beside this one took the last
+            return None
+
+    def give() -> None:
+        if batch := take_next():
+            submit(pool, _answer, batch).add_done_callback(collect)
+
+    def collect(future: Future[list[Answered]]) -> None:
+        """Runs beside this process' own work; after a failure nothing is started any more."""
+        done.put(future)
+        if not future.cancelled() and future.exception() is None:
+            give()
+
+    for _ in range(others):
+        give()
+    left = len(batches)
+    try:
+        while left:
+            if own := take_next():
+                yield ask(answerer, own)
+                left -= 1
+            while left and not (waiting and done.empty()):
+                yield done.get().result()
+                left -= 1
+    finally:
+        waiting.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shadowkv_cli import batching, console
+from shadowkv_cli import batching, console, side_by_side
 from shadowkv_cli.answering import Question
 from shadowkv_cli.batching import MOST_SAMPLES, samples_together
 from shadowkv_cli.bench import memory
 from shadowkv_cli.cells import build_specs
 from shadowkv_cli.cli import run
 from shadowkv_cli.config import ModelShape
-from shadowkv_cli.errors import EXIT_INCOMPLETE
+from shadowkv_cli.errors import EXIT_INCOMPLETE, ShadowKVError
 from shadowkv_cli.model.failures import MethodFailure
 from shadowkv_cli.model.session import Session
 from shadowkv_cli.results import read_run
@@ -72,6 +73,51 @@ def test_unlike_samples_are_apart() -> None:
         *(question(i, length=2048) for i in range(7, 9)),
     ]
     assert [len(batch) for batch in in_batches(questions, 8, 1)] == [3, 2, 1, 1, 2]
+
+
+class Pool:
+    """A worker process in a thread, which answers when it is let."""
+
+    def __init__(self) -> None:
+        self.given: list[int] = []
+        self.futures: list[Future] = []
+
+    def submit(self, work: object, batch: list[int]) -> Future:
+        self.given += batch
+        self.futures.append(Future())
+        return self.futures[-1]
+
+
+def test_whoever_is_free_takes_the_next_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While this process is at its first batch, the worker answers two and takes a third."""
+    pool, own = Pool(), []
+
+    def ask(answerer: object, batch: list[int]) -> list[int]:
+        own.extend(batch)
+        if own == [1]:
+            pool.futures[0].set_result([0])
+            pool.futures[1].set_result([2])
+        if own == [1, 4]:
+            pool.futures[2].set_result([3])
+        return batch
+
+    monkeypatch.setattr(side_by_side, "ask", ask)
+    answered = list(side_by_side._share(None, [[n] for n in range(5)], pool, 1))
+    assert (pool.given, own) == ([0, 2, 3], [1, 4])
+    assert sorted(answered) == [[n] for n in range(5)]
+
+
+def test_after_a_failure_no_batch_is_given_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Pool()
+
+    def ask(answerer: object, batch: list[int]) -> list[int]:
+        pool.futures[0].set_exception(ShadowKVError("failed"))
+        return batch
+
+    monkeypatch.setattr(side_by_side, "ask", ask)
+    with pytest.raises(ShadowKVError, match="failed"):
+        list(side_by_side._share(None, [[n] for n in range(5)], pool, 1))
+    assert pool.given == [0]
 
 
 # ---- how many ----

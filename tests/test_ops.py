@@ -11,6 +11,7 @@ from torch import Tensor
 from shadowkv_cli import ops
 from shadowkv_cli.ops import cases, layer_cases
 from shadowkv_cli.ops.misses import list_misses, missing_places
+from shadowkv_cli.ops.select_chunks import landmark_scores
 
 INT32_MAX = torch.iinfo(torch.int32).max
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -199,6 +200,20 @@ def test_select_chunks_tells_apart_what_softmax_would_underflow() -> None:
     landmarks[0, 0, :, 0, 0] = torch.tensor([9.0, 1.0, 4.0, 2.0, 5.0, 3.0])
     excluded = torch.zeros(1, 1, 6, dtype=torch.bool)
     assert select(query, landmarks, excluded, 3, 6) == [[[0, 2, 4]]]
+
+
+@pytest.mark.parametrize("per_chunk", [1, 2])
+def test_prompts_of_as_many_rows_each_are_scored_as_each_row_alone(per_chunk: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    landmarks = torch.randn(3, 2, 20, per_chunk, 16, generator=generator)
+    query = torch.randn(6, 4, 16, generator=generator)
+    first = torch.zeros(1, dtype=torch.int32)
+    for order in ([0, 0, 1, 1, 2, 2], [2, 0, 1, 1, 0, 2], [0, 0, 0, 1, 1, 2]):
+        prompts = torch.tensor(order, dtype=torch.int32)
+        together = landmark_scores(query, landmarks, None, prompts, 0.25)
+        for row, own in enumerate(order):
+            alone = landmark_scores(query[row, None], landmarks[own, None], None, first, 0.25)
+            torch.testing.assert_close(together[row, None], alone)
 
 
 def test_select_chunks_ignores_what_lies_beyond() -> None:

@@ -8,7 +8,7 @@ import torch
 from shadowkv_cli.cells import build_specs
 from shadowkv_cli.config import FullSpec, MethodSpec
 from shadowkv_cli.model.loading import LoadedModel
-from shadowkv_cli.model.session import Session
+from shadowkv_cli.model.session import Session, _finite_rows
 from shadowkv_cli.testing import FAMILIES, tiny_model
 
 NEW_TOKENS = 12
@@ -260,3 +260,13 @@ def test_a_turn_at_once_equals_its_tokens_one_by_one(method: str) -> None:
     for token in turn:
         one_by_one = session.decode_step(torch.tensor([token]))
     assert torch.allclose(at_once, one_by_one, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_one_logit_that_is_not_finite_is_found(bad: float) -> None:
+    logits = torch.arange(12.0).view(3, 4)
+    for place in range(4):
+        broken = logits.clone()
+        broken[1, place] = bad
+        assert _finite_rows(broken).tolist() == [True, False, True]
+    assert _finite_rows(logits).all()

@@ -41,6 +41,11 @@ def _allocated_bytes(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device)
 
 
+def _finite_rows(logits: Tensor) -> Tensor:
+    """Whether all logits [R, V] of a row are finite: bool [R], by the extremes, without a copy."""
+    return torch.isfinite(logits.amax(-1)) & torch.isfinite(logits.amin(-1))
+
+
 class Session:
     """Rows of methods on prompts, with room for prompts of a length and answers of a length.
 
@@ -327,7 +332,7 @@ class Session:
 
     def _greedy(self, tokens: Tensor) -> Stepped:
         logits = self._logits("decode", tokens[:, None], None)
-        return Stepped(logits.argmax(-1), torch.isfinite(logits).all(-1), logits)
+        return Stepped(logits.argmax(-1), _finite_rows(logits), logits)
 
     def _find_graph(self) -> StepGraph | None:
         """The graph of the batch as it is; captured before the first token of an answer."""
@@ -372,7 +377,7 @@ class Session:
     def _run_rows(self, phase: Phase, tokens: Tensor, counts: Tensor | None) -> Tensor:
         self._make_room(tokens.shape[1], counts)
         last = self._logits(phase, tokens, counts)
-        self.check_finite(torch.isfinite(last).all(-1))
+        self.check_finite(_finite_rows(last))
         return last
 
     def check_finite(self, finite: Tensor) -> None:

@@ -31,6 +31,10 @@ def landmark_scores(
     parts = list(zip(landmarks, scales, strict=True))
     if prompts == 1:
         return _scores_on(*parts[0], grouped, scale)
+    row_prompts = prompt_index.tolist()
+    if row_prompts == sorted(row_prompts) and _are_even(row_prompts, prompts):
+        by_prompt = grouped.unflatten(0, (prompts, -1))
+        return _scores_on(landmarks, landmark_scales, by_prompt, scale).flatten(0, 1)
     scores = query.new_empty(rows, heads, q_heads // heads, chunks, dtype=torch.float32)
     for prompt, part in enumerate(parts):
         of_prompt = (prompt_index == prompt).nonzero()[:, 0]
@@ -38,14 +42,22 @@ def landmark_scores(
     return scores
 
 
+def _are_even(row_prompts: list[int], prompts: int) -> bool:
+    """Whether every prompt has as many rows."""
+    return len({row_prompts.count(prompt) for prompt in range(prompts)}) == 1
+
+
 def _scores_on(landmarks: Tensor, scales: Tensor | None, grouped: Tensor, scale: float) -> Tensor:
-    """The same of the rows of one prompt: grouped [R, Hk, G, D] on landmarks [Hk, C, L, D]."""
-    folded = grouped.transpose(0, 1).flatten(1, 2)  # [Hk, R*G, D]
+    """The same of the rows of one prompt: grouped [R, Hk, G, D] on landmarks [Hk, C, L, D].
+
+    Or of several prompts with R rows each, in a first dimension of both.
+    """
+    folded = grouped.transpose(-4, -3).flatten(-3, -2)  # [Hk, R*G, D]
     own = landmarks if scales is None else dequantise(landmarks, scales)
-    logits = torch.matmul(folded, own.flatten(1, 2).mT).float().mul_(scale)  # [Hk, R*G, C*L]
-    if landmarks.shape[2] > 1:
-        logits = logits.unflatten(-1, landmarks.shape[1:3]).logsumexp(-1)
-    return logits.unflatten(1, (grouped.shape[0], grouped.shape[2])).transpose(0, 1)
+    logits = torch.matmul(folded, own.flatten(-3, -2).mT).float().mul_(scale)  # [Hk, R*G, C*L]
+    if landmarks.shape[-2] > 1:
+        logits = logits.unflatten(-1, landmarks.shape[-3:-1]).logsumexp(-1)
+    return logits.unflatten(-2, (grouped.shape[-4], grouped.shape[-2])).transpose(-4, -3)
 
 
 def top_chunks(scores: Tensor, budget_chunks: Tensor, max_chunks: int) -> Tensor:

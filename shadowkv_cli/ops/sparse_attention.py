@@ -25,10 +25,10 @@ def _sections(capacities: tuple[int, ...], device: torch.device) -> tuple[Tensor
     )
 
 
-def _in_use(lengths: Tensor, capacities: list[int]) -> Tensor:
-    """True where the fixed part of a row's address space is filled, bool [R, F]."""
+def _unused(lengths: Tensor, capacities: list[int]) -> Tensor:
+    """True where the fixed part of a row's address space is not filled, bool [R, F]."""
     section, position = _sections(tuple(capacities), lengths.device)
-    return position < lengths[:, section]
+    return position >= lengths.index_select(1, section)
 
 
 @functools.lru_cache(maxsize=64)
@@ -52,7 +52,7 @@ def fixed_scores(
     rows, q_heads, dim = query.shape
     grouped = query.view(rows, keys.shape[1], q_heads // keys.shape[1], dim)
     scores = torch.matmul(grouped, keys[:, :, : sum(capacities)].transpose(2, 3)).float()
-    unused = ~_in_use(lengths, capacities)
+    unused = _unused(lengths, capacities)
     return torch.where(unused[:, None, None], float("-inf"), scores), unused
 
 
@@ -99,6 +99,12 @@ def _reference(
     return out, lse
 
 
+@functools.lru_cache(maxsize=64)
+def _from_one(count: int) -> Tensor:
+    """1, 2, … up to it, int32 on a CPU."""
+    return torch.arange(1, count + 1, dtype=torch.int32)
+
+
 def _stretches(slots: Tensor) -> list[tuple[slice, int]]:
     """Neighbouring rows whose selections are of similar size (within a factor of 16), and it.
 
@@ -108,8 +114,9 @@ def _stretches(slots: Tensor) -> list[tuple[slice, int]]:
     rows, _, width = slots.shape
     if slots.is_cuda or rows == 1 or width == 0:
         return [(slice(0, rows), width)]
-    place = torch.arange(1, width + 1, dtype=torch.int32)
-    used = torch.where(slots >= 0, place, 0).amax((1, 2)).tolist()  # none behind the last
+    used = (
+        torch.where(slots >= 0, _from_one(width), 0).amax((1, 2)).tolist()
+    )  # none behind the last
     found = []
     for _, members in itertools.groupby(range(rows), lambda row: _size_class(used[row])):
         stretch = list(members)
@@ -137,13 +144,14 @@ def _attend(
     heads, fixed = keys.shape[1], sum(capacities)
     grouped = query.view(rows, heads, q_heads // heads, dim)
     scores, unused = fixed_scores(query, keys, lengths, capacities)
-    empty = key_slots[..., :0]
-    if key_slots.shape[-1]:
+    empty = key_slots < 0  # [R, Hk, N]
+    if empty.shape[-1]:
         selected = torch.matmul(
             grouped, _gather(keys, key_slots, fixed, chunk_size).transpose(2, 3)
         ).float()
-        empty = (key_slots < 0).repeat_interleave(chunk_size, -1)  # [R, Hk, N*c]
-        selected = torch.where(empty[:, :, None], float("-inf"), selected)
+        if empty.is_cuda or bool(empty.any()):
+            by_token = empty.repeat_interleave(chunk_size, -1)  # [R, Hk, N*c]
+            selected = torch.where(by_token[:, :, None], float("-inf"), selected)
         scores = torch.cat((scores, selected), -1)
     if not scores.shape[-1]:
         nothing = scores.new_full((rows, q_heads), float("-inf"))
@@ -162,7 +170,7 @@ def _attend(
     if out.is_cuda or not math.isfinite(float(out.sum())):
         held = held.masked_fill(unused[:, None, :, None], 0)
         if attended is not None:
-            attended.masked_fill_(empty[..., None], 0)
+            attended.unflatten(2, (-1, chunk_size)).masked_fill_(empty[..., None, None], 0)
         out = _weighted(weights, held, attended)
     return out.reshape(rows, q_heads, dim), lse.reshape(rows, q_heads)
 
