@@ -1,6 +1,8 @@
 // rebuild_keys: see shadowkv_cli/ops/rebuild_keys.py.
 #include "rebuild_keys.cuh"
 
+#include <algorithm>
+
 #include "common/dispatch.h"
 #include "common/misses.h"
 #include "common/stream.h"
@@ -9,6 +11,9 @@
 namespace shadowkv {
 
 namespace {
+
+/// Of a row and head, so that they can be counted in 32 bits.
+constexpr int64_t MOST_TOKENS = 1 << 30;
 
 void check_table_of_rotations(const char* op, const char* name, const Tensor& t,
                               const Tensor& like) {
@@ -49,6 +54,9 @@ void rebuild_keys(Tensor coefficients, Tensor basis, Tensor prompt_index, Tensor
                  " dimensions, keys have ", dim);
   check_misses(op, ids, slots, misses, miss_counts, buffer);
   if (ids.numel() == 0 || buffer.numel() == 0) return;
+  const int64_t tokens = ids.size(2) * buffer.size(3);
+  SHADOWKV_CHECK(tokens <= MOST_TOKENS, op, "ids ask for ", tokens, " tokens of a head, more than ",
+                 MOST_TOKENS);
 
   RebuildParams p{};
   p.coefficients = coefficients.data_ptr();
@@ -64,7 +72,6 @@ void rebuild_keys(Tensor coefficients, Tensor basis, Tensor prompt_index, Tensor
   p.ids = static_cast<const int*>(ids.data_ptr());
   p.slots = static_cast<const int*>(slots.data_ptr());
   p.misses = static_cast<const int*>(misses.data_ptr());
-  p.miss_counts = static_cast<const int*>(miss_counts.data_ptr());
   p.wanted = static_cast<int>(ids.size(2));
   p.cos = cos.data_ptr();
   p.cos_table = cos.stride(0);
@@ -72,6 +79,7 @@ void rebuild_keys(Tensor coefficients, Tensor basis, Tensor prompt_index, Tensor
   p.sin = sin.data_ptr();
   p.sin_table = sin.stride(0);
   p.sin_token = sin.stride(1);
+  p.rotations_aligned = is_aligned(cos) && is_aligned(sin);
   p.table_index = static_cast<const int*>(table_index.data_ptr());
   p.buffer = buffer.data_ptr();
   p.buffer_row = buffer.stride(0);
@@ -83,16 +91,22 @@ void rebuild_keys(Tensor coefficients, Tensor basis, Tensor prompt_index, Tensor
   p.chunk_size = static_cast<int>(buffer.size(3));
   p.pairs = static_cast<int>(cos.size(2));
   p.interleaved = interleaved;
-  const int64_t tokens = ids.size(2) * buffer.size(3);
+  // One wave of blocks, of which each goes on to further tiles: few are missing as a rule, and a
+  // block that finds nothing to do takes a place all the same.
+  auto grid = [&](int tile_rows, int blocks_a_processor) {
+    const int tiles = ceil_div(tokens, tile_rows);
+    const int wave = ceil_div(device.processors() * blocks_a_processor, rows * heads);
+    return dim3(heads, rows, std::min(tiles, wave));
+  };
   dispatch(op, buffer.scalar_type(), dim, [&](auto type, auto head_dim) {
     using T = typename decltype(type)::type;
     constexpr int D = decltype(head_dim)::value;
     if constexpr (std::is_same_v<T, float>) {
       rebuild_float<D>
-          <<<dim3(ceil_div(tokens, FLOAT_ROWS), heads, rows), D, 0, device.stream()>>>(p);
+          <<<grid(FLOAT_ROWS, FLOAT_BLOCKS_A_PROCESSOR), D, 0, device.stream()>>>(p);
     } else {
       device.allow_shared(rebuild_tiles<T, D>, REBUILD_BYTES<T, D>);
-      rebuild_tiles<T, D><<<dim3(ceil_div(tokens, REBUILD_ROWS), heads, rows), REBUILD_WARPS * 32,
+      rebuild_tiles<T, D><<<grid(REBUILD_ROWS, REBUILD_BLOCKS_IN_A_WAVE), REBUILD_THREADS,
                             REBUILD_BYTES<T, D>, device.stream()>>>(p);
     }
     device.check_launch();
