@@ -7,6 +7,7 @@ allowed, since a kernel may be twice as wrong. What only moves data must be equa
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -158,40 +159,120 @@ def best_of_group(arguments: dict[str, Any]) -> Tensor:
     return scores.masked_fill(barred, -math.inf).amax(2)
 
 
-@every_size
+SELECTIONS = [
+    *SIZES,
+    # One kernel of clusters: shares of eight blocks that are even, odd, empty.
+    *(
+        Sizes(device=DEVICE, rows=5, dim=dim, group=group, landmarks=landmarks, chunks=chunks,
+              chunk_size=4, wanted=wanted, dtype=dtype)
+        for dim, group, landmarks, chunks, wanted, dtype in (
+            (128, 4, 1, 15_360, 256, BF16),
+            (128, 8, 2, 4100, 300, FP16),
+            (64, 9, 4, 1999, 1999, BF16),
+            (96, 1, 1, 65, 64, FP16),
+            (64, 16, 2, 7, 7, BF16),
+        )
+    ),
+    # Two kernels: three and more than four landmarks, too many chunks for shared memory.
+    *(
+        Sizes(device=DEVICE, dim=dim, group=group, landmarks=landmarks, chunks=chunks,
+              chunk_size=landmarks, wanted=wanted, dtype=dtype)
+        for dim, group, landmarks, chunks, wanted, dtype in (
+            (128, 4, 3, 2000, 300, BF16),
+            (64, 7, 8, 500, 30, FP16),
+            (96, 3, 16, 300, 30, BF16),
+            (64, 16, 1, 12_300, 700, BF16),
+            (64, 1, 1, 70_000, 700, FP16),
+        )
+    ),
+]  # fmt: skip
+
+
+def assert_selected(ids: Tensor, arguments: dict[str, Any], case: object) -> None:
+    """Unique, ascending, as many as exist, none below the k-th by more than an epsilon."""
+    scores, wanted = best_of_group(arguments), arguments["max_chunks"]
+    assert ids.shape == (*scores.shape[:2], wanted)
+    budgets = arguments["budget_chunks"].tolist()
+    for r, h in itertools.product(*map(range, scores.shape[:2])):
+        own, row = scores[r, h], ids[r, h].tolist()
+        found = [c for c in row if c >= 0]
+        allowed = int((own > -math.inf).sum())
+        where = (case, r, h)
+        assert row == found + [-1] * (wanted - len(found)), where
+        assert found == sorted(set(found)), where
+        assert len(found) == max(min(budgets[r], wanted, allowed), 0), where
+        if found:
+            kth = float(own.sort(descending=True).values[len(found) - 1])
+            lowest = float(own[torch.tensor(found, device=DEVICE)].min())
+            assert lowest >= kth - 1e-4 * max(1.0, abs(kth)), where
+
+
+@pytest.mark.parametrize("sizes", SELECTIONS, ids=case_name)
 @pytest.mark.parametrize("fp8", [False, True])
 def test_select_chunks(sizes: Sizes, fp8: bool) -> None:
-    """Unique, ascending, as many as exist, none below the k-th by more than an epsilon."""
     sizes = replace(sizes, fp8=fp8)
     arguments = cases.select_arguments(sizes)
-    ids, scores = kernel("select_chunks", arguments), best_of_group(arguments)
-    assert ids.shape == (sizes.rows, sizes.heads, sizes.wanted)
-    for r in range(sizes.rows):
-        for h in range(sizes.heads):
-            own, row = scores[r, h], ids[r, h].tolist()
-            found = [c for c in row if c >= 0]
-            allowed = int((own > -math.inf).sum())
-            where = (sizes, r, h)
-            assert row == found + [-1] * (sizes.wanted - len(found)), where
-            assert found == sorted(set(found)), where
-            assert len(found) == min(int(arguments["budget_chunks"][r]), allowed), where
-            if found:
-                kth = float(own.sort(descending=True).values[len(found) - 1])
-                lowest = float(own[torch.tensor(found, device=DEVICE)].min())
-                assert lowest >= kth - 1e-4 * max(1.0, abs(kth)), where
+    assert_selected(kernel("select_chunks", arguments), arguments, sizes)
+
+
+@pytest.mark.parametrize("landmarks", [1, 2, 3, 4])
+@pytest.mark.parametrize("budget", [-1, 0, 5, 90_000])
+def test_select_chunks_takes_any_budget(landmarks: int, budget: int) -> None:
+    """Also counts of chunks that are none, or more than there are."""
+    sizes = Sizes(device=DEVICE, rows=6, chunks=600, chunk_size=12, landmarks=landmarks, wanted=650)
+    arguments = cases.select_arguments(sizes)
+    arguments["budget_chunks"].fill_(budget)
+    arguments["num_chunks"][1:4] = torch.tensor([0, -3, 9000], device=DEVICE)
+    assert_selected(kernel("select_chunks", arguments), arguments, sizes)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-@pytest.mark.parametrize("chunks", [10, 3000, 40_000])
-def test_select_chunks_gives_ties_to_the_lower_id(chunks: int, dtype: torch.dtype) -> None:
-    """Above 20,480 chunks the keys are in global memory."""
+@pytest.mark.parametrize("landmarks", [1, 2, 3, 4])
+@pytest.mark.parametrize("chunks", [10, 3000, 40_000, 70_000])
+def test_select_chunks_gives_ties_to_the_lower_id(
+    chunks: int, landmarks: int, dtype: torch.dtype
+) -> None:
+    """More equal keys than are compared with each other, in shared and in global memory."""
     sizes = Sizes(rows=2, prompts=1, heads=1, chunks=chunks, wanted=7, dtype=dtype, device=DEVICE,
-                  poison=False)  # fmt: skip
+                  landmarks=landmarks, chunk_size=landmarks, poison=False)  # fmt: skip
     arguments = cases.select_arguments(sizes)
     arguments["landmarks"] = torch.ones_like(arguments["landmarks"])
     arguments["excluded"] = torch.zeros_like(arguments["excluded"])
     arguments["excluded"][:, :, 2] = True
     assert kernel("select_chunks", arguments).tolist() == [[[0, 1, 3, 4, 5, 6, 7]]] * 2
+
+
+@pytest.mark.parametrize("landmarks", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("chunks", "wanted"), [(3000, 150), (3000, 1100), (3000, 2300), (9000, 1100), (9000, 5000)]
+)
+def test_select_chunks_among_few_different_scores(chunks: int, wanted: int, landmarks: int) -> None:
+    """The cut lies among equal keys of several blocks, few or many; those in front are chosen."""
+    sizes = Sizes(rows=1, prompts=1, heads=1, group=1, chunks=chunks, wanted=wanted, device=DEVICE,
+                  landmarks=landmarks, chunk_size=landmarks, poison=False)  # fmt: skip
+    arguments = cases.select_arguments(sizes)
+    value = (torch.arange(chunks, device=DEVICE) * 7 % 13 % 4).to(BF16) / 4
+    arguments["landmarks"] = value.view(1, 1, -1, 1, 1).expand_as(arguments["landmarks"]).clone()
+    arguments["query"] = torch.ones_like(arguments["query"])
+    arguments["excluded"] = torch.zeros_like(arguments["excluded"])
+    best = value.float().argsort(descending=True, stable=True)[:wanted].sort().values
+    assert kernel("select_chunks", arguments)[0, 0].tolist() == best.tolist()
+
+
+@pytest.mark.parametrize("landmarks", [1, 3])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_select_chunks_leaves_out_heads_that_are_no_numbers(value: float, landmarks: int) -> None:
+    """In one kernel as in two: the group's other query heads select; where none is left, -1."""
+    sizes = Sizes(rows=2, prompts=1, heads=1, group=3, chunks=900, wanted=50, device=DEVICE,
+                  landmarks=landmarks, chunk_size=landmarks, poison=False)  # fmt: skip
+    arguments = cases.select_arguments(sizes)
+    others = arguments | {"query": arguments["query"][:, 1:].contiguous()}
+    arguments["query"][:, 0, 5] = value
+    for_others = kernel("select_chunks", others)
+    assert (for_others >= 0).all()
+    assert torch.equal(kernel("select_chunks", arguments), for_others)
+    arguments["query"][:, :, 5] = value
+    assert (kernel("select_chunks", arguments) == -1).all()
 
 
 @every_size

@@ -1,6 +1,7 @@
 // select_chunks: see shadowkv_cli/ops/select_chunks.py.
 #include "common/dispatch.h"
 #include "common/stream.h"
+#include "select_cluster.cuh"
 #include "select_scores.cuh"
 #include "select_top.cuh"
 
@@ -10,6 +11,9 @@ namespace {
 
 /// Keys of so many chunks stay in shared memory: 160 KiB.
 constexpr int64_t MOST_SHARED_CHUNKS = 40 * 1024;
+
+/// A block of a cluster takes at most so much, so that two fit a processor of any GPU with clusters.
+constexpr size_t MOST_CLUSTER_BYTES = 96 * 1024;
 
 void check_contiguous(const char* op, const char* name, const Tensor& t) {
   int64_t step = 1;
@@ -56,6 +60,50 @@ void launch_best(const SelectParams& p, int64_t rows, const Device& device) {
   select_best<SHARED>
       <<<dim3(p.heads, rows), SELECT_THREADS, sizeof(TopRoom) + keys, device.stream()>>>(p);
   device.check_launch();
+}
+
+/// False where the GPU has no clusters, or no code for them was compiled.
+template <typename T, typename Stored, int D, int HALVES>
+bool launch_cluster(const SelectParams& p, int64_t rows, size_t bytes, const Device& device) {
+  constexpr auto kernel = select_in_cluster<T, Stored, D, HALVES>;
+  if (device.architecture(kernel) < 90) return false;
+  device.allow_shared(kernel, MOST_CLUSTER_BYTES);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = CLUSTER_BLOCKS;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(CLUSTER_BLOCKS, p.heads, rows);
+  config.blockDim = dim3(CLUSTER_THREADS);
+  config.dynamicSmemBytes = bytes;
+  config.stream = device.stream();
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, p), "select_chunks");
+  return true;
+}
+
+/// Select in one kernel; false where that takes what is not there: clusters, 16-bit queries, 1, 2 or
+/// 4 landmarks a chunk, and logits that fit shared memory.
+template <typename T, int D>
+bool select_at_once(SelectParams& p, int64_t rows, const Device& device) {
+  if constexpr (sizeof(T) == 4) {
+    return false;
+  } else {
+    if (p.chunks > MOST_CLUSTER_CHUNKS) return false;
+    if (p.per_chunk != 1 && p.per_chunk != 2 && p.per_chunk != 4) return false;
+    // Query heads lie in banks of their own.
+    p.share_stride = ceil_div(cluster_share(p.chunks), 32) * 32 + 8;
+    const size_t bytes =
+        sizeof(ClusterRoom) + static_cast<size_t>(p.group) * p.share_stride * sizeof(float);
+    if (bytes > MOST_CLUSTER_BYTES) return false;
+    if (p.group > 8) {
+      return p.scales ? launch_cluster<T, Fp8, D, 2>(p, rows, bytes, device)
+                      : launch_cluster<T, T, D, 2>(p, rows, bytes, device);
+    }
+    return p.scales ? launch_cluster<T, Fp8, D, 1>(p, rows, bytes, device)
+                    : launch_cluster<T, T, D, 1>(p, rows, bytes, device);
+  }
 }
 
 }  // namespace
@@ -108,6 +156,13 @@ Tensor select_chunks(Tensor query, Tensor landmarks, std::optional<Tensor> landm
   p.segments = ceil_div(chunks, p.segment_chunks);
   p.scale = static_cast<float>(scale * 1.4426950408889634);
   p.ids = static_cast<int*>(ids.data_ptr());
+
+  bool done = false;
+  dispatch(op, query.scalar_type(), dim, [&](auto type, auto head_dim) {
+    using T = typename decltype(type)::type;
+    done = select_at_once<T, decltype(head_dim)::value>(p, rows, device);
+  });
+  if (done) return ids;
 
   p.logit_stride = ceil_div(chunks, 4) * 4;  // whole 16-byte words
   const bool in_shared = chunks <= MOST_SHARED_CHUNKS;

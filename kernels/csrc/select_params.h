@@ -1,4 +1,4 @@
-// What the two kernels of select_chunks share.
+// What the kernels of select_chunks share.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,6 +19,7 @@ struct SelectParams {
   const int* budget_chunks;  // [R]
   int heads, group, chunks, per_chunk, max_chunks, logit_stride;
   int segments, segment_chunks;  // a block of the first kernel scores a segment of the chunks
+  int share_stride;              // floats from head to head in a block of a cluster
   float scale;                   // holds log2 e: logits are in base 2
   float* logits;                 // [R, Hq, logit_stride], minus infinity where a chunk is barred
   float2* totals;                // [R, Hq, segments]: highest logit, sum of 2^(logit - highest)
@@ -34,5 +35,13 @@ constexpr int SELECT_DIGIT_BITS = 10;
 constexpr int SELECT_THREADS = 1 << (SELECT_DIGIT_BITS - 1);
 constexpr int SELECT_BINS = 2048;
 constexpr int MOST_TIED = 1024;  // keys in a bin that are compared with each other
+constexpr int CLUSTER_BLOCKS = 8;  // of a row and KV head, in one kernel; the most that is portable
+constexpr int CLUSTER_THREADS = SELECT_BINS / 8;
+constexpr int MOST_CLUSTER_CHUNKS = (1 << 16) - 1;
+
+/// Chunks of a block of a cluster: whole tiles of eight.
+__host__ __device__ constexpr int cluster_share(int chunks) {
+  return (chunks + CLUSTER_BLOCKS * 8 - 1) / (CLUSTER_BLOCKS * 8) * 8;
+}
 
 }  // namespace shadowkv

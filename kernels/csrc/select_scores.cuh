@@ -1,79 +1,25 @@
 // First kernel of select_chunks: one read of the landmarks, all query heads of a group at once.
 #pragma once
 
-#include <type_traits>
-
 #include "common/block.cuh"
-#include "common/fp8.cuh"
+#include "select_landmarks.cuh"
 #include "select_params.h"
 
 namespace shadowkv {
 
-/// How a lane reads landmarks [*, D] on the way to the tensor cores: of eight at a time one, pieces
-/// of so many bytes, each beside those of its three neighbours.
-template <typename Stored, int D>
-struct Pieces {
-  static constexpr int BYTES = D * sizeof(Stored) % 64 == 0 ? 16 : 8;
-  static constexpr int WORDS = BYTES / 4;
-  static constexpr int DIMS = BYTES / sizeof(Stored);
-  static constexpr int COUNT = D / 4 / DIMS;
-  static constexpr int TILES = 16 / COUNT;  // of eight landmarks: so many loads are in flight
-
-  static __device__ void load(const Stored* from, uint64_t policy, uint32_t (&words)[WORDS]) {
-    if constexpr (BYTES == 16) {
-      const uint4 four = load_once(from, policy);
-      words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
-    } else {
-      const uint2 two = load_once_8(from, policy);
-      words[0] = two.x, words[1] = two.y;
-    }
-  }
-
-  /// The two operands of the `step`-th product of a piece: four dimensions a lane.
-  static __device__ uint2 operands(const uint32_t (&words)[WORDS], int step) {
-    if constexpr (sizeof(Stored) == 1) {
-      return make_uint2(halves_of(words[step], 0), halves_of(words[step], 1));
-    } else {
-      return make_uint2(words[2 * step], words[2 * step + 1]);
-    }
-  }
-};
-
-/// Four elements as two registers of another type of the same size.
-template <typename To, typename From>
-__device__ uint2 converted(uint2 four) {
-  if constexpr (std::is_same_v<To, From>) return four;
-  From x[4];
-  memcpy(x, &four, sizeof(x));
-  return make_uint2(pack<To>(to_float(x[0]), to_float(x[1])),
-                    pack<To>(to_float(x[2]), to_float(x[3])));
-}
-
 /// Products of a segment's landmarks and the queries into scores [G, SCORE_STRIDE].
 ///
 /// Landmarks go from memory to registers, and the query is permuted in the same way, so that the
-/// product does not see the order of the dimensions. Those in 8 bits are multiplied as halves.
+/// product does not see the order of the dimensions.
 template <typename T, typename Stored, int D>
 __device__ void score_landmarks(const SelectParams& p, const T* queries, const Stored* landmarks,
                                 int count, float* scores) {
-  using Product = std::conditional_t<sizeof(Stored) == 1, __half, T>;
+  using Product = ProductOf<T, Stored>;
   using Piece = Pieces<Stored, D>;
   constexpr int STEPS = Piece::DIMS / 4;
   const int lane = threadIdx.x % 32, quad = lane % 4;
   uint32_t query[D / 16][4];
-#pragma unroll
-  for (int s = 0; s < D / 16; ++s) {
-    const int d = (s / STEPS * 4 + quad) * Piece::DIMS + s % STEPS * 4;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int g = lane / 4 + half * 8;
-      uint2 four = make_uint2(0, 0);
-      if (g < p.group) {
-        four = converted<Product, T>(*reinterpret_cast<const uint2*>(queries + g * D + d));
-      }
-      query[s][half] = four.x, query[s][half + 2] = four.y;
-    }
-  }
+  load_queries<T, Stored, D, 2>(queries, p.group, query);
   constexpr int TILES = Piece::TILES;
   const uint64_t policy = evict_first();
   for (int first = threadIdx.x / 32 * TILES * 8; first < count; first += SCORE_WARPS * TILES * 8) {

@@ -1,31 +1,14 @@
 // Second kernel of select_chunks: softmax norms, maximum over the group, and the best chunks.
 //
-// The chunks are ranked by an integer that has the order of the score; 0 is a barred chunk. Where
-// the keys fit shared memory the last one that is wanted is found by a histogram of how far scores
-// lie below the best, fine where that is little; the few keys of its bin are compared with each
-// other. Where that does not find it, digit by digit.
+// Where the keys fit shared memory the last one that is wanted is found by a histogram of how far
+// scores lie below the best, fine where that is little; the few keys of its bin are compared with
+// each other. Where that does not find it, digit by digit.
 #pragma once
 
 #include "common/highest.cuh"
-#include "select_params.h"
+#include "select_order.cuh"
 
 namespace shadowkv {
-
-__device__ inline uint32_t ordered(float score) {
-  if (score == -INFINITY) return 0;
-  const uint32_t bits = __float_as_uint(score);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-__device__ inline float score_of(uint32_t key) {
-  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
-}
-
-/// 256 bins for every doubling of one more than the distance to the best score.
-__device__ inline int bin_of(float best, float score) {
-  const float distance = fmaxf(best - score, 0.f) + 1.f;
-  return min(static_cast<int>((__float_as_uint(distance) - 0x3f800000u) >> 15), SELECT_BINS - 1);
-}
 
 struct TopRoom {
   int bins[SELECT_BINS];

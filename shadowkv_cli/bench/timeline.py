@@ -10,7 +10,7 @@ from shadowkv_cli.model.session import Session
 STEPS = 4
 
 PHASES = {
-    "select": ("stream_scores", "score_chunks", "select_best"),
+    "select": ("select_in_cluster", "score_chunks", "select_best"),
     "residency": ("place_chunks",),
     "fetch": ("copy_chunks",),
     "rebuild": ("rebuild_tiles", "rebuild_float"),

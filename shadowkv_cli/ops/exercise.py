@@ -19,6 +19,8 @@ SIZES = [
     Sizes(fp8=True, dim=128, landmarks=2),
     Sizes(fp8=True, dtype=torch.float16, dim=96, chunk_size=1),
     Sizes(rows=4, heads=3, group=16, dim=96, chunks=300, wanted=100, slots=170, fixed=(0, 3)),
+    Sizes(rows=4, group=4, dim=128, chunks=1500, wanted=100, slots=170, landmarks=4),
+    Sizes(landmarks=3, chunk_size=6),
 ]
 ODD_SIZES = [
     Sizes(dim=80, pairs=40, spare=0),

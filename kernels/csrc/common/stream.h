@@ -43,6 +43,14 @@ class Device {
     return count;
   }
 
+  /// Architecture (80, 90) for which the code of a kernel that this GPU takes was written.
+  template <typename Kernel>
+  int architecture(Kernel kernel) const {
+    cudaFuncAttributes attributes{};
+    check_cuda(cudaFuncGetAttributes(&attributes, kernel), op_);
+    return attributes.ptxVersion;
+  }
+
   void check_launch() const { check_cuda(cudaGetLastError(), op_); }
 
   /// Let a kernel use that many bytes of dynamic shared memory (over 48 KiB only on request).
