@@ -91,7 +91,7 @@ demo-smollm2: ## The same on real pretrained weights, SmolLM2-135M, which need n
 		--method streaming:sparse_budget=128,chunk_size=8,outlier_chunks=auto \
 		--one-at-a-time --sparse-budget 128,16,32,64,192,256,512 --rank 96,16,24,32,160 \
 		--chunk-size 8,4,16 --outlier-chunks auto,0 \
-		--bench-context-length 8k --bench-batch-size 4 --decode-steps $(SMOLLM2_STEPS) --warmup-steps 1 --rounds 4 \
+		--bench-context-length 8k --bench-batch-size 4 --decode-steps $(SMOLLM2_STEPS) --warmup-steps 1 \
 		--output results/smollm2
 	@echo "Pictures:"
 	@$(SHADOWKV) plot results/smollm2 2>/dev/null

@@ -180,7 +180,12 @@ def _share(
 
     def give() -> None:
         if batch := take_next():
-            submit(pool, _answer, batch).add_done_callback(collect)
+            try:
+                future = submit(pool, _answer, batch)
+            except RuntimeError as error:  # a worker died in between: heard where answers are
+                future = Future()
+                future.set_exception(error)
+            future.add_done_callback(collect)
 
     def collect(future: Future[list[Answered]]) -> None:
         """Runs beside this process' own work; after a failure nothing is started any more."""

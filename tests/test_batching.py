@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,29 @@ def test_whoever_is_free_takes_the_next_batch(monkeypatch: pytest.MonkeyPatch) -
     answered = list(side_by_side._share(None, [[n] for n in range(5)], pool, 1))
     assert (pool.given, own) == ([0, 2, 3], [1, 4])
     assert sorted(answered) == [[n] for n in range(5)]
+
+
+def test_a_pool_that_breaks_between_two_batches_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The worker dies when it has answered; nobody waits for what it was to take next."""
+    pool = Pool()
+    take = pool.submit
+
+    def submit(work: object, batch: list[int]) -> Future:
+        if pool.given:
+            raise BrokenProcessPool("a worker died")
+        return take(work, batch)
+
+    def ask(answerer: object, batch: list[int]) -> list[int]:
+        if batch == [1]:
+            pool.futures[0].set_result([0])
+        return batch
+
+    monkeypatch.setattr(pool, "submit", submit)
+    monkeypatch.setattr(side_by_side, "ask", ask)
+    with pytest.raises(BrokenProcessPool, match="a worker died"):
+        list(side_by_side._share(None, [[n] for n in range(5)], pool, 1))
 
 
 def test_after_a_failure_no_batch_is_given_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +287,7 @@ def fail_together(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_without_memory_for_several_each_runs_alone_from_then_on(
-    fail_together, data: Path, alone: dict, tmp_path: Path, capsys, monkeypatch
+    fail_together, data: Path, alone: dict, tmp_path: Path, capsys
 ) -> None:
     tried = fail_together(torch.OutOfMemoryError("CUDA out of memory."))
     assert run(command(data, "--batch-size", "5", output=tmp_path / "run")) == 0

@@ -161,28 +161,22 @@ def best_of_group(arguments: dict[str, Any]) -> Tensor:
 
 SELECTIONS = [
     *SIZES,
-    # One kernel of clusters: shares of eight blocks that are even, odd, empty.
     *(
-        Sizes(device=DEVICE, rows=5, dim=dim, group=group, landmarks=landmarks, chunks=chunks,
-              chunk_size=4, wanted=wanted, dtype=dtype)
-        for dim, group, landmarks, chunks, wanted, dtype in (
-            (128, 4, 1, 15_360, 256, BF16),
-            (128, 8, 2, 4100, 300, FP16),
-            (64, 9, 4, 1999, 1999, BF16),
-            (96, 1, 1, 65, 64, FP16),
-            (64, 16, 2, 7, 7, BF16),
-        )
-    ),
-    # Two kernels: three and more than four landmarks, too many chunks for shared memory.
-    *(
-        Sizes(device=DEVICE, dim=dim, group=group, landmarks=landmarks, chunks=chunks,
-              chunk_size=landmarks, wanted=wanted, dtype=dtype)
-        for dim, group, landmarks, chunks, wanted, dtype in (
-            (128, 4, 3, 2000, 300, BF16),
-            (64, 7, 8, 500, 30, FP16),
-            (96, 3, 16, 300, 30, BF16),
-            (64, 16, 1, 12_300, 700, BF16),
-            (64, 1, 1, 70_000, 700, FP16),
+        Sizes(device=DEVICE, rows=rows, dim=dim, group=group, landmarks=landmarks,
+              chunk_size=chunk_size, chunks=chunks, wanted=wanted, dtype=dtype)
+        for rows, dim, group, landmarks, chunk_size, chunks, wanted, dtype in (
+            # One kernel of clusters: shares of eight blocks that are even, odd, empty.
+            (5, 128, 4, 1, 4, 15_360, 256, BF16),
+            (5, 128, 8, 2, 4, 4100, 300, FP16),
+            (5, 64, 9, 4, 4, 1999, 1999, BF16),
+            (5, 96, 1, 1, 4, 65, 64, FP16),
+            (5, 64, 16, 2, 4, 7, 7, BF16),
+            # Two kernels: three and more than four landmarks, too many chunks for shared memory.
+            (3, 128, 4, 3, 3, 2000, 300, BF16),
+            (3, 64, 7, 8, 8, 500, 30, FP16),
+            (3, 96, 3, 16, 16, 300, 30, BF16),
+            (3, 64, 16, 1, 1, 12_300, 700, BF16),
+            (3, 64, 1, 1, 1, 70_000, 700, FP16),
         )
     ),
 ]  # fmt: skip

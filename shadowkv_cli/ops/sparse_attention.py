@@ -114,9 +114,8 @@ def _stretches(slots: Tensor) -> list[tuple[slice, int]]:
     rows, _, width = slots.shape
     if slots.is_cuda or rows == 1 or width == 0:
         return [(slice(0, rows), width)]
-    used = (
-        torch.where(slots >= 0, _from_one(width), 0).amax((1, 2)).tolist()
-    )  # none behind the last
+    ends = torch.where(slots >= 0, _from_one(width), 0)  # of a row none behind the last
+    used = ends.amax((1, 2)).tolist()
     found = []
     for _, members in itertools.groupby(range(rows), lambda row: _size_class(used[row])):
         stretch = list(members)
