@@ -102,7 +102,11 @@ def test_a_tiled_module_gives_the_same() -> None:
     norm = nn.LayerNorm(8)
     x = torch.randn(1, 2500, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert torch.equal(tiled(norm)(x), norm(x))
+        expected, before = norm(x), x.clone()
+        assert torch.equal(tiled(norm)(x), expected)
+        assert torch.equal(x, before)
+        assert tiled(norm, in_place=True)(x) is x
+        assert torch.equal(x, expected)
 
 
 def test_rotation_writes_over_what_it_reads(short_tiles: None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -174,3 +175,18 @@ def test_a_prefill_stays_within_its_memory(
     taken = (peak.read() - allowed.total + allowed.workspace) / unit
     print(f"{family} {tokens} {session.backend} {cells}: {taken:.2f} of 6 tensors")
     assert taken <= 6
+
+
+def test_sessions_leave_no_memory_behind() -> None:
+    """A stream's workspace stays with cuBLAS; so a stream for each session would fill the GPU."""
+    loaded = on_gpu("llama", torch.bfloat16)
+    left = []
+    for _ in range(4):
+        specs = build_specs(["shadowkv:value_placement=host"], SMALL)
+        session = Session(loaded, specs, prompt_tokens=1000, new_tokens=8)
+        session.prefill(prompt_of(1000, 1), key="a")
+        torch.cuda.synchronize()
+        del session
+        gc.collect()
+        left.append(torch.cuda.memory_allocated())
+    assert left[1:] == left[:1] * 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -12,6 +13,12 @@ from shadowkv_cli.config import MethodSpec, ShadowKVSpec
 from shadowkv_cli.methods import Group, Prompt, PromptStore
 from shadowkv_cli.methods.side_stream import Join, SideStream
 from shadowkv_cli.model.failures import blaming, specs_of
+
+
+@functools.cache
+def _side_of(device: torch.device) -> SideStream:
+    """One for all sessions: cuBLAS keeps a workspace of every stream that ever multiplied."""
+    return SideStream(device)
 
 
 class Compression:
@@ -36,7 +43,7 @@ class Compression:
         self.suspects = shadow or list(specs)  # the store's low-rank keys fail most easily
         self.waits = any(group.needs_queries for group in self.groups)
         beside = beside and store.device.type == "cuda"
-        self.side = SideStream(store.device) if beside else None
+        self.side = _side_of(store.device) if beside else None
         self._join = Join()
         self._held: tuple[Tensor, ...] = ()
 

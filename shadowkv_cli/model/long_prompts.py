@@ -1,8 +1,9 @@
 """What keeps the memory of a long prompt's layer small: tiles of the sequence, buffers used twice.
 
 A layer of S tokens and width H then takes, beside its keys and values, at most five tensors of
-[S, H] at a time: the embeddings (which transformers holds to the end), the residual stream, its
-norm, the queries and what they attended to.
+[S, H] at a time, and of a tile of its MLP the inner tensors: the embeddings (which transformers
+holds to the end), what came into the layer, its norm, the queries and what they attended to; then
+what came into the layer, the residual stream and its norm, which the MLP's output replaces.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ from shadowkv_cli.methods.tiles import is_long, tiles
 Forward = Callable[[Tensor], Tensor]
 
 
-def tiled(forward: Forward) -> Forward:
-    """Run a module that treats tokens one by one in tiles: x [rows, tokens, …]."""
+def tiled(forward: Forward, *, in_place: bool = False) -> Forward:
+    """Run a module that treats tokens one by one in tiles: x [rows, tokens, …].
+
+    Args:
+        in_place: write the output over a long input, which nobody may read afterwards.
+    """
 
     def run(x: Tensor) -> Tensor:
         if not is_long(x.shape[1]):
             return forward(x)
-        out = torch.empty_like(x)
+        out = x if in_place else torch.empty_like(x)
         for tile in tiles(x.shape[1]):
             out[:, tile] = forward(x[:, tile])
         return out

@@ -81,8 +81,11 @@ AttentionMaskInterface.register(IMPLEMENTATION, lambda *args, **kwargs: None)
 
 
 def _mlp(forward: Callable[[Tensor], Tensor], *, ends: bool) -> Callable[[Tensor], Tensor]:
-    """Run an MLP in tiles; it is the last of its layer, and may be that of the last one."""
-    run_tiles = tiled(forward)
+    """Run an MLP in tiles; it is the last of its layer, and may be that of the last one.
+
+    Its input is the fresh output of a norm, of which no family reads anything after its MLP.
+    """
+    run_tiles = tiled(forward, in_place=True)
 
     def run(x: Tensor) -> Tensor:
         assert _active is not None, "MLPs run while a session is attached"
