@@ -22,6 +22,7 @@ from shadowkv_cli.methods import (
     RotaryTables,
     Row,
     build_groups,
+    low_rank,
     shadowkv,
     store,
 )
@@ -140,12 +141,10 @@ def select_neighbours(patch: Patch) -> None:
 def keep_the_smallest_directions(patch: Patch) -> None:
     """A low-rank form of the eigenvectors at the wrong end."""
 
-    def wrong(keys: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        _, vectors = torch.linalg.eigh(keys.T @ keys)
-        basis = vectors[:, :rank]
-        return keys @ basis, basis.T.contiguous()
+    def wrong(gram: Tensor, rank: int, method: object) -> Tensor:
+        return torch.linalg.eigh(gram)[1][:, :rank]
 
-    patch.setattr(store, "factorise", wrong)
+    patch.setattr(low_rank, "leading", wrong)
 
 
 def forget_to_rotate(patch: Patch) -> None:

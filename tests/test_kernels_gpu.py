@@ -439,6 +439,25 @@ def test_rotate_heads(sizes: Sizes, tokens: int) -> None:
         assert same_bits(ours, theirs), sizes
 
 
+@any_size
+@pytest.mark.parametrize("tokens", [1, 3, 70])
+def test_rotate_heads_in_place(sizes: Sizes, tokens: int) -> None:
+    """Where they lie, between columns that nobody may touch."""
+    arguments = layer_cases.rotate_arguments(sizes, tokens=tokens)
+    expected = kernel("rotate_heads", arguments)
+    around = arguments["query"]._base
+    assert around is not None
+    before = around.clone()
+    kernel("rotate_heads_", arguments)
+    for name, turned in zip(("query", "key"), expected, strict=True):
+        assert same_bits(arguments[name], turned), sizes
+        arguments[name].zero_()
+        before.as_strided(
+            arguments[name].shape, arguments[name].stride(), arguments[name].storage_offset()
+        ).zero_()
+    assert same_bits(around, before)
+
+
 @pytest.mark.parametrize("empty", ["query", "key", "rows", "tokens"])
 def test_rotate_heads_of_nothing(empty: str) -> None:
     arguments = layer_cases.rotate_arguments(Sizes(device=DEVICE))
@@ -452,6 +471,9 @@ def test_rotate_heads_of_nothing(empty: str) -> None:
     for ours, theirs in zip(found, plain, strict=True):
         assert ours.shape == theirs.shape
         assert same_bits(ours, theirs)
+    kernel("rotate_heads_", arguments)
+    for name, theirs in zip(("query", "key"), plain, strict=True):
+        assert same_bits(arguments[name], theirs)
 
 
 @any_size

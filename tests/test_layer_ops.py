@@ -116,6 +116,9 @@ def test_rotate_heads_is_that_of_transformers(name: str, rows: int, table_rows: 
     ):
         assert found.is_contiguous()
         assert torch.equal(found, wanted)
+    ops.rotate_heads_(**case, interleaved=interleaved)
+    assert torch.equal(case["query"], theirs[0])
+    assert torch.equal(case["key"], theirs[1])
 
 
 @every_dtype

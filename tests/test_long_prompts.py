@@ -12,11 +12,18 @@ from torch import Tensor, nn
 
 from shadowkv_cli.cells import build_specs
 from shadowkv_cli.config import FullSpec
+from shadowkv_cli.methods import store
 from shadowkv_cli.methods import tiles as cutting
 from shadowkv_cli.methods.tiles import tiles
 from shadowkv_cli.model.fused import Fused, join_projections
 from shadowkv_cli.model.loading import LoadedModel, describe
-from shadowkv_cli.model.long_prompts import OutputProjection, rotating_in_place, tiled
+from shadowkv_cli.model.long_prompts import (
+    LinearInto,
+    OutputProjection,
+    rotating_in_place,
+    tiled,
+    tiled_in_place,
+)
 from shadowkv_cli.model.rotary import attention_modules
 from shadowkv_cli.model.session import Session
 from shadowkv_cli.testing import FAMILIES, tiny_model
@@ -75,6 +82,23 @@ def test_tiles_change_no_answer(family: str, build, monkeypatch: pytest.MonkeyPa
             assert torch.allclose(a[:, :, :203], b[:, :, :203], atol=1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_wide_keys_are_factorised_in_tiles(
+    family: str, short_tiles: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, specs = prompt_of(203), build_specs(["shadowkv"], {"rank": "16", "sparse_budget": "16"})
+    found = []
+    for widest in (1024, 1):
+        monkeypatch.setattr(store, "WIDEST_WHOLE", widest)
+        session = Session(tiny_model(family), specs, prompt_tokens=203, new_tokens=8)
+        session.prefill(ids, key="a")
+        kept = zip(session.store.coefficients, session.store.basis, strict=True)
+        found.append([a[0, :203] @ b[0].transpose(0, 1).flatten(1) for a, b in kept])
+    for whole, tiled_keys in zip(*found, strict=True):
+        assert float(whole.abs().max()) > 0.1
+        assert torch.allclose(whole, tiled_keys, atol=1e-4)
+
+
 def test_everything_is_put_back(short_tiles: None) -> None:
     loaded = tiny_model("llama")
     family = importlib.import_module(type(attention_modules(loaded.model)[0]).__module__)
@@ -105,8 +129,31 @@ def test_a_tiled_module_gives_the_same() -> None:
         expected, before = norm(x), x.clone()
         assert torch.equal(tiled(norm)(x), expected)
         assert torch.equal(x, before)
-        assert tiled(norm, in_place=True)(x) is x
+        assert tiled_in_place(norm)(x) is x
         assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_an_mlp_writes_over_its_input(rows: int, bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 2500, 8, generator=generator)
+    up, down = nn.Linear(8, 24), nn.Linear(24, 8, bias=bias)
+    last, written = LinearInto(down), []
+
+    def mlp(part: Tensor) -> Tensor:
+        out = last.forward(up(part).relu())
+        written.append(out.data_ptr() == part.data_ptr())
+        return out
+
+    with torch.inference_mode():
+        expected = down(up(x).relu())
+        assert tiled_in_place(mlp, last)(x) is x
+        assert torch.allclose(x, expected, atol=1e-6)
+        assert written == [rows == 1] * 5
+        short = expected[:, :100].clone()
+        assert torch.equal(tiled_in_place(mlp, last)(short), mlp(short))
+        assert torch.equal(short, expected[:, :100])
 
 
 def test_rotation_writes_over_what_it_reads(short_tiles: None) -> None:
@@ -119,6 +166,9 @@ def test_rotation_writes_over_what_it_reads(short_tiles: None) -> None:
         return q * cos[:, None], k * sin[:, None]
 
     expected = rotate(q.clone(), k.clone(), cos, sin)
+    alone = tuple(x.clone() for x in (q, k))
+    found = rotating_in_place(rotate, lambda q, k, *_: (q.zero_(), k.zero_()))(*alone, cos, sin)
+    assert not any(x.count_nonzero() for x in (*alone, *found))
     found = rotating_in_place(rotate)(q, k, cos, sin)
     assert found[0] is q
     assert found[1] is k
@@ -143,7 +193,7 @@ def test_the_output_takes_the_place_of_the_queries(
     query = joint[..., :12].unflatten(-1, (3, 4)).transpose(1, 2)
     x, linear = torch.randn(1, 20, 12, generator=generator), nn.Linear(12, 12, bias=bias)
     projection = OutputProjection(linear)
-    projection.offer(query)
+    projection.offer_queries(query)
     found = projection.forward(x)
     assert torch.allclose(found, linear(x), atol=1e-5)
     assert found.data_ptr() == joint.data_ptr()
@@ -159,6 +209,6 @@ def test_queries_that_do_not_fit_are_left_alone(long_enough: None) -> None:
     for query in (gated, short, by_head, torch.randn(1, 5, 20, 4)):
         before = query.clone()
         projection = OutputProjection(linear)
-        projection.offer(query)
+        projection.offer_queries(query)
         assert torch.allclose(projection.forward(x), linear(x), atol=1e-5)
         assert torch.equal(query, before), query.shape

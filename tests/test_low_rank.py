@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from shadowkv_cli.methods.low_rank import Method, factorise, leading, method_for
+from shadowkv_cli.methods.low_rank import (
+    Method,
+    factorise,
+    factorise_parts,
+    leading,
+    method_for,
+)
 
 
 def keys_like(tokens: int, width: int, power: float, seed: int) -> Tensor:
@@ -59,6 +65,22 @@ def test_it_gives_the_same_again() -> None:
     keys = keys_like(600, 512, 0.7, 2)
     first, second = (factorise(keys, 100, "subspace") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("sizes", [(700,), (512, 188), (1, 300, 399)], ids=str)
+def test_parts_give_what_all_keys_give(sizes: tuple[int, ...]) -> None:
+    keys = keys_like(700, 512, 0.7, 4)
+    a, b = factorise(keys, 100)
+    coefficients, asked = torch.full((700, 100), float("nan")), []
+
+    def parts() -> list[Tensor]:
+        asked.append(sizes)
+        return [*keys.split(sizes)]
+
+    basis = factorise_parts(parts, coefficients)
+    assert len(asked) == 2
+    assert torch.allclose(coefficients @ basis, a @ b, atol=1e-4)
+    assert torch.allclose(coefficients, keys @ basis.T, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_a_method_that_fails_while_prefilling_is_named(
     if where == "group":
         monkeypatch.setattr(ShadowKVGroup, "prefill_layer", fail)
     else:
-        monkeypatch.setattr("shadowkv_cli.methods.store.factorise", fail)
+        monkeypatch.setattr("shadowkv_cli.methods.store.factorise_parts", fail)
     specs = build_specs(["full", "oracle", "shadowkv"], {"sparse_budget": "16"} | {"rank": "8"})
     session = Session(tiny_model("llama"), specs, prompt_tokens=200, new_tokens=4)
     with pytest.raises(MethodFailure, match="did not converge") as failure:

@@ -44,6 +44,7 @@ Tensor gated_silu(Tensor gate, Tensor up);
 
 std::tuple<Tensor, Tensor> rotate_heads(Tensor query, Tensor key, Tensor cos, Tensor sin,
                                         bool interleaved);
+void rotate_heads_(Tensor query, Tensor key, Tensor cos, Tensor sin, bool interleaved);
 
 void append_tokens(Tensor key, Tensor value, Tensor plane, Tensor place, Tensor keys,
                    Tensor values);

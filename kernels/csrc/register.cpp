@@ -12,5 +12,6 @@ STABLE_TORCH_LIBRARY_IMPL(shadowkv, CUDA, m) {
   m.impl("rms_norm", TORCH_BOX(&shadowkv::rms_norm));
   m.impl("gated_silu", TORCH_BOX(&shadowkv::gated_silu));
   m.impl("rotate_heads", TORCH_BOX(&shadowkv::rotate_heads));
+  m.impl("rotate_heads_", TORCH_BOX(&shadowkv::rotate_heads_));
   m.impl("append_tokens", TORCH_BOX(&shadowkv::append_tokens));
 }

@@ -16,6 +16,9 @@ HeadParams head_params(const Tensor& from, const Tensor& to) {
   h.row = step(from, 0);
   h.head = step(from, 1);
   h.token = step(from, 2);
+  h.to_row = step(to, 0);
+  h.to_head = step(to, 1);
+  h.to_token = step(to, 2);
   h.heads = static_cast<int>(from.size(1));
   return h;
 }
@@ -30,24 +33,23 @@ void check_angles(const char* op, const char* name, const Tensor& table, const T
                  query.size(3), " dimensions, got ", width);
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> rotate_heads(Tensor query, Tensor key, Tensor cos, Tensor sin,
-                                        bool interleaved) {
-  constexpr const char* op = "rotate_heads";
-  const Device device(query, op, "query");
+void check_all(const char* op, const Tensor& query, const Tensor& key, const Tensor& cos,
+               const Tensor& sin) {
   check_sizes(query, op, "query", {-1, -1, -1, -1});
   check_rows(query, op, "query", query);
-  const int64_t rows = query.size(0), tokens = query.size(2), dim = query.size(3);
-  check_sizes(key, op, "key", {rows, -1, tokens, dim});
+  check_sizes(key, op, "key", {query.size(0), -1, query.size(2), query.size(3)});
   check_rows(key, op, "key", query);
   check_angles(op, "cos", cos, query);
   check_angles(op, "sin", sin, query);
-  check_sizes(sin, op, "sin", {-1, tokens, cos.size(2)});
-  Tensor turned_query = torch::stable::new_empty(query, query.sizes());
-  Tensor turned_key = torch::stable::new_empty(key, key.sizes());
-  if (query.numel() == 0 && key.numel() == 0) return {turned_query, turned_key};
+  check_sizes(sin, op, "sin", {-1, query.size(2), cos.size(2)});
+}
 
+/// Write what was checked, turned, to tensors of the same sizes, which may be the same tensors.
+void turn(const char* op, const Device& device, const Tensor& query, const Tensor& key,
+          const Tensor& cos, const Tensor& sin, const Tensor& turned_query,
+          const Tensor& turned_key, bool interleaved) {
+  if (query.numel() == 0 && key.numel() == 0) return;
+  const int64_t rows = query.size(0), tokens = query.size(2), dim = query.size(3);
   RotateParams p{};
   p.query = head_params(query, turned_query);
   p.key = head_params(key, turned_key);
@@ -82,7 +84,26 @@ std::tuple<Tensor, Tensor> rotate_heads(Tensor query, Tensor key, Tensor cos, Te
     }
     device.check_launch();
   });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> rotate_heads(Tensor query, Tensor key, Tensor cos, Tensor sin,
+                                        bool interleaved) {
+  constexpr const char* op = "rotate_heads";
+  const Device device(query, op, "query");
+  check_all(op, query, key, cos, sin);
+  Tensor turned_query = torch::stable::new_empty(query, query.sizes());
+  Tensor turned_key = torch::stable::new_empty(key, key.sizes());
+  turn(op, device, query, key, cos, sin, turned_query, turned_key, interleaved);
   return {turned_query, turned_key};
+}
+
+void rotate_heads_(Tensor query, Tensor key, Tensor cos, Tensor sin, bool interleaved) {
+  constexpr const char* op = "rotate_heads_";
+  const Device device(query, op, "query");
+  check_all(op, query, key, cos, sin);
+  turn(op, device, query, key, cos, sin, query, key, interleaved);
 }
 
 }  // namespace shadowkv

@@ -10,8 +10,8 @@ namespace shadowkv {
 /// Strides are in elements.
 struct HeadParams {
   const void* from;  // [R, H, T, D]
-  void* to;          // the same, contiguous
-  int64_t row, head, token;
+  void* to;          // the same, or where it came from
+  int64_t row, head, token, to_row, to_head, to_token;
   int heads;
 };
 
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(ROTATE_THREADS)
   const HeadParams& h = is_key ? p.key : p.query;
   if (is_key) head -= p.query.heads;
   const T* from = static_cast<const T*>(h.from) + row * h.row + head * h.head + token * h.token;
-  T* to = static_cast<T*>(h.to) + ((row * h.heads + head) * p.tokens + token) * p.dim;
+  T* to = static_cast<T*>(h.to) + row * h.to_row + head * h.to_head + token * h.to_token;
 
   const int pair = unit * N;
   T x[2][N];

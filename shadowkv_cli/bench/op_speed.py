@@ -49,6 +49,7 @@ COLUMN_OPS = {
     "gated_silu": layer_cases.gate_arguments,
     "rms_norm": layer_cases.norm_arguments,
     "rotate_heads": layer_cases.rotate_arguments,
+    "rotate_heads_": layer_cases.rotate_arguments,
 }
 """Measured on all tokens of one prompt as well as on one token a row."""
 
@@ -83,6 +84,7 @@ def moved_bytes(op: str, s: Sizes) -> float:
     element, planes = 2, s.rows * s.heads
     token, at_once = s.dim * element, tokens_of(op, s)
     missed = planes * s.wanted * s.chunk_size * MISSES
+    rotated = 2 * at_once * (s.heads * (s.group + 1) * token + s.pairs * element)
     return {
         "append_tokens": 4 * planes * token,
         "build_landmarks": s.heads * (s.tokens + s.chunks) * token,
@@ -97,7 +99,8 @@ def moved_bytes(op: str, s: Sizes) -> float:
         "full_attention": 2 * planes * s.tokens * token,
         "gated_silu": 3 * at_once * s.inner * element,
         "rms_norm": (2 * at_once + 1) * s.hidden * element,
-        "rotate_heads": 2 * at_once * (s.heads * (s.group + 1) * token + s.pairs * element),
+        "rotate_heads": rotated,
+        "rotate_heads_": rotated,
     }[op.removesuffix(" (prompt)")]
 
 
@@ -230,7 +233,7 @@ def measure(
         kernel_ms = graph_ms(lambda i: kernel(*inputs[i % len(inputs)].values()))
     torch_ms = None
     if reference and op != SDPA_FLASH:
-        plain = importlib.import_module(f"shadowkv_cli.ops.{name}")._reference
+        plain = importlib.import_module(f"shadowkv_cli.ops.{name.rstrip('_')}")._reference
         torch_ms = event_ms(lambda: plain(*first.values()), 1)
     speed = moved_bytes(op, s) / kernel_ms / 1e6
     return {

@@ -130,10 +130,9 @@ def small_ops(loaded: LoadedModel, tokens: int, repeats: int) -> dict[str, list[
 
     def rotate() -> None:
         for tile in cut:
-            turned = ops.rotate_heads(
+            ops.rotate_heads_(
                 q[:, :, tile], k[:, :, tile], cos[:, tile], sin[:, tile], loaded.interleaved
             )
-            q[:, :, tile], k[:, :, tile] = turned
 
     def gated() -> None:
         for tile in cut:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
@@ -17,6 +18,10 @@ ROUNDS = 4
 
 WIDE = 512
 """Columns from which a full eigendecomposition is slow on a GPU."""
+
+WIDEST_WHOLE = 1024
+"""Columns up to which a prompt's keys are held whole to be factorised. Where every query head has
+keys of its own they are as wide as the model, and come in tiles instead, twice."""
 
 FEW = 3
 """Subspace iteration is for ranks up to this part of the columns."""
@@ -44,14 +49,46 @@ def factorise(keys: Tensor, rank: int, method: Method | None = None) -> tuple[Te
         rank: r.
         method: by default as `method_for` says.
     """
-    on_tensor_cores = keys.is_cuda and keys.dtype.itemsize == 2
-    keys = keys if on_tensor_cores else keys.float()
-    gram = torch.mm(keys.T, keys, out_dtype=torch.float32) if on_tensor_cores else keys.T @ keys
-    basis = leading(gram, rank, method or method_for(keys.shape[1], rank))
-    return keys @ basis.to(keys.dtype), basis.T.contiguous()
+    keys = keys if _on_tensor_cores(keys) else keys.float()
+    coefficients = keys.new_empty(keys.shape[0], rank)
+    return coefficients, factorise_parts(lambda: [keys], coefficients, method)
 
 
-def leading(gram: Tensor, rank: int, method: Method) -> Tensor:
+def factorise_parts(
+    parts: Callable[[], Iterable[Tensor]], coefficients: Tensor, method: Method | None = None
+) -> Tensor:
+    """The same of keys that come in parts: writes A [S, r] and returns B [r, W].
+
+    Args:
+        parts: gives stretches of the keys, [T, W] each, in float32 or what tensor cores take; it is
+            called twice.
+        coefficients: where A goes.
+        method: by default as `method_for` says.
+    """
+    basis = leading(_gram(parts()), coefficients.shape[1], method)
+    start = 0
+    for part in parts():
+        coefficients[start : start + len(part)] = part @ basis.to(part.dtype)
+        start += len(part)
+    return basis.T.contiguous()
+
+
+def _on_tensor_cores(keys: Tensor) -> bool:
+    return keys.is_cuda and keys.dtype.itemsize == 2
+
+
+def _gram(parts: Iterable[Tensor]) -> Tensor:
+    """Sum of the parts' Gram matrices, float32 [W, W]."""
+    total: Tensor | None = None
+    for part in parts:
+        exact = _on_tensor_cores(part)
+        gram = torch.mm(part.T, part, out_dtype=torch.float32) if exact else part.T @ part
+        total = gram if total is None else total.add_(gram)
+    assert total is not None, "a prompt has tokens"
+    return total
+
+
+def leading(gram: Tensor, rank: int, method: Method | None = None) -> Tensor:
     """Orthonormal directions [W, r] that hold most of a Gram matrix [W, W], the strongest first.
 
     `eigh` finds the eigenvectors and waits for the device. Subspace iteration never waits: each
@@ -59,13 +96,13 @@ def leading(gram: Tensor, rank: int, method: Method) -> Tensor:
     that the first ones do not depend on how many there are. In float64, for a mean key may hold a
     million times what the last direction holds.
     """
-    if method == "eigh":
+    if (method or method_for(gram.shape[0], rank)) == "eigh":
         _, vectors = torch.linalg.eigh(gram)  # ascending eigenvalues
         return vectors[:, -rank:].flip(-1)
-    exact = gram.double()
+    gram = gram.double()  # in place of the other, if the caller does not hold it
     basis = _start(gram.shape[0], rank, gram.device)
     for _ in range(ROUNDS):
-        basis = torch.linalg.qr(exact @ (exact @ basis)).Q
+        basis = torch.linalg.qr(gram @ (gram @ basis)).Q
     return basis.float()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,12 @@ from torch import Tensor
 
 from shadowkv_cli import ops
 from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec, StoredDtype, ValueForm
-from shadowkv_cli.methods.low_rank import Method, factorise, working_dtype
+from shadowkv_cli.methods.low_rank import (
+    WIDEST_WHOLE,
+    Method,
+    factorise_parts,
+    working_dtype,
+)
 from shadowkv_cli.methods.tiles import tiles
 from shadowkv_cli.methods.value_store import EXACT, ValueStore
 from shadowkv_cli.ops.fp8 import FP8, quantise
@@ -172,21 +177,35 @@ class PromptStore:
         self.landmarks[form][layer][here] = means
 
     def _add_low_rank(self, layer: int, prompt: Prompt, k: Tensor) -> None:
-        how = () if self.low_rank_method is None else (self.low_rank_method,)
-        coefficients, basis = factorise(self._plain_keys(prompt, k), self.needs.rank, *how)
-        self.coefficients[layer][prompt.index, : prompt.tokens] = coefficients
+        coefficients = self.coefficients[layer][prompt.index, : prompt.tokens]
+        basis = factorise_parts(self._plain_keys(prompt, k), coefficients, self.low_rank_method)
         heads, dim = self.shape.num_kv_heads, self.shape.head_dim
         self.basis[layer][prompt.index] = basis.view(-1, heads, dim).transpose(0, 1)
 
-    def _plain_keys(self, prompt: Prompt, k: Tensor) -> Tensor:
-        """The keys [Hk, S, D] without their rotation, all heads side by side: [S, Hk*D]."""
+    def _plain_keys(self, prompt: Prompt, k: Tensor) -> Callable[[], Iterable[Tensor]]:
+        """Gives the keys [Hk, S, D] without their rotation, all heads side by side.
+
+        In tiles [T, Hk*D], each time anew, or as one tensor [S, Hk*D] where that is small beside
+        what the model holds.
+        """
         assert self.tables is not None, "rotary tables come before the first layer"
+        interleaved = self.tables.interleaved
         table = self.tables.index[prompt.index : prompt.index + 1].long()
         cos, sin = (half[:, : prompt.tokens][table][0] for half in self.tables.halves())
         heads, tokens, dim = k.shape
         dtype = working_dtype(k.device, k.dtype)
-        plain = torch.empty(tokens, heads * dim, dtype=dtype, device=k.device)
-        by_head = plain.view(tokens, heads, dim).transpose(0, 1)
-        for tile in tiles(tokens):  # in float32 and step by step, a key takes much memory
-            by_head[:, tile] = unrotate(k[:, tile], cos[tile], sin[tile], self.tables.interleaved)
-        return plain
+
+        def unrotated(tile: slice) -> Tensor:  # in float32 and step by step: much for all tokens
+            return unrotate(k[:, tile], cos[tile], sin[tile], interleaved)
+
+        def in_tiles() -> Iterator[Tensor]:
+            for tile in tiles(tokens):
+                yield unrotated(tile).to(dtype).transpose(0, 1).flatten(1)
+
+        if heads * dim > WIDEST_WHOLE:
+            return in_tiles
+        whole = torch.empty(tokens, heads * dim, dtype=dtype, device=k.device)
+        by_head = whole.view(tokens, heads, dim).transpose(0, 1)
+        for tile in tiles(tokens):
+            by_head[:, tile] = unrotated(tile)
+        return lambda: [whole]

@@ -168,6 +168,10 @@ class Fused:
         """Those that have another forward while it is applied."""
         return frozenset(module for module, _ in self.forwards)
 
+    def rotate_in_place(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Queries and keys of a long prompt."""
+        ops.rotate_heads_(q, k, cos, sin, self.interleaved)
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Replace, and put back on the way out."""

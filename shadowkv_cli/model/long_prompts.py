@@ -19,17 +19,13 @@ from shadowkv_cli.methods.tiles import is_long, tiles
 Forward = Callable[[Tensor], Tensor]
 
 
-def tiled(forward: Forward, *, in_place: bool = False) -> Forward:
-    """Run a module that treats tokens one by one in tiles: x [rows, tokens, …].
-
-    Args:
-        in_place: write the output over a long input, which nobody may read afterwards.
-    """
+def tiled(forward: Forward) -> Forward:
+    """Run a module that treats tokens one by one in tiles: x [rows, tokens, …]."""
 
     def run(x: Tensor) -> Tensor:
         if not is_long(x.shape[1]):
             return forward(x)
-        out = x if in_place else torch.empty_like(x)
+        out = torch.empty_like(x)
         for tile in tiles(x.shape[1]):
             out[:, tile] = forward(x[:, tile])
         return out
@@ -37,15 +33,45 @@ def tiled(forward: Forward, *, in_place: bool = False) -> Forward:
     return run
 
 
-def rotating_in_place(rotate: Callable[..., Any]) -> Callable[..., Any]:
+def tiled_in_place(forward: Forward, last: LinearInto | None = None) -> Forward:
+    """The same, with the output over a long input, which nobody may read afterwards.
+
+    Args:
+        last: the linear that makes the output; it then writes it to its place by itself.
+    """
+
+    def run(x: Tensor) -> Tensor:
+        if not is_long(x.shape[1]):
+            return forward(x)
+        for tile in tiles(x.shape[1]):
+            part = x[:, tile]
+            if last is not None and len(x) == 1:
+                last.offer(part[0])
+            out = forward(part)
+            if out.data_ptr() != part.data_ptr():
+                part.copy_(out)
+        return x
+
+    return run
+
+
+def rotating_in_place(
+    rotate: Callable[..., Any], at_once: Callable[..., None] | None = None
+) -> Callable[..., Any]:
     """Let a family's `apply_rotary_pos_emb` write over the queries and keys of a long prompt.
 
     They are fresh outputs of projections or norms, which nobody reads unrotated afterwards.
+
+    Args:
+        at_once: does so itself, without tiles.
     """
 
     def run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or not is_long(q.shape[2]):  # arguments: another layout
             return rotate(q, k, cos, sin, *args, **kwargs)
+        if at_once is not None:
+            at_once(q, k, cos, sin)
+            return q, k
         for tile in tiles(q.shape[2]):
             turned = rotate(q[:, :, tile], k[:, :, tile], cos[:, tile], sin[:, tile])
             q[:, :, tile], k[:, :, tile] = turned
@@ -54,21 +80,16 @@ def rotating_in_place(rotate: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-class OutputProjection:
-    """Writes what a long prompt attended to, projected, over the queries, which are done with."""
+class LinearInto:
+    """A linear that writes its next output to memory that was offered, if it fits."""
 
     def __init__(self, linear: nn.Linear) -> None:
         self.linear = linear
         self._room: Tensor | None = None
 
-    def offer(self, query: Tensor) -> None:
-        """Queries [1, Hq, S, D] whose memory the next output may take, if it fits."""
-        rows, heads, tokens, dim = query.shape
-        if rows != 1 or not is_long(tokens) or heads * dim != self.linear.out_features:
-            return
-        by_token = query[0].transpose(0, 1)  # [S, Hq, D]
-        if by_token.stride()[1:] == (dim, 1) and by_token.stride(0) >= heads * dim:
-            self._room = by_token.flatten(1)  # a view
+    def offer(self, room: Tensor) -> None:
+        """Where an output [1, tokens, H] may go: [tokens, H]; it may be what the layer reads."""
+        self._room = room
 
     def forward(self, x: Tensor) -> Tensor:
         room, self._room = self._room, None
@@ -80,3 +101,16 @@ class OutputProjection:
         else:
             torch.addmm(bias, x[0], weight.t(), out=room)
         return room[None]
+
+
+class OutputProjection(LinearInto):
+    """Writes what a long prompt attended to, projected, over the queries, which are done with."""
+
+    def offer_queries(self, query: Tensor) -> None:
+        """Queries [1, Hq, S, D] whose memory the next output may take."""
+        rows, heads, tokens, dim = query.shape
+        if rows != 1 or not is_long(tokens) or heads * dim != self.linear.out_features:
+            return
+        by_token = query[0].transpose(0, 1)  # [S, Hq, D]
+        if by_token.stride()[1:] == (dim, 1) and by_token.stride(0) >= heads * dim:
+            self.offer(by_token.flatten(1))  # a view

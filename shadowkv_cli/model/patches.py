@@ -14,7 +14,13 @@ from shadowkv_cli.errors import UsageError
 from shadowkv_cli.methods.tiles import is_long
 from shadowkv_cli.model.fused import Fused, replaced
 from shadowkv_cli.model.last_layer import last_mlp
-from shadowkv_cli.model.long_prompts import OutputProjection, rotating_in_place, tiled
+from shadowkv_cli.model.long_prompts import (
+    LinearInto,
+    OutputProjection,
+    rotating_in_place,
+    tiled,
+    tiled_in_place,
+)
 from shadowkv_cli.model.rotary import attention_modules, rotary_module
 
 ROTATION = "apply_rotary_pos_emb"
@@ -72,7 +78,7 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = _active.attention(module.layer_idx, query, key, value, scale)
     if module in _outputs:
-        _outputs[module].offer(query)
+        _outputs[module].offer_queries(query)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -80,18 +86,20 @@ AttentionInterface.register(IMPLEMENTATION, _attention)
 AttentionMaskInterface.register(IMPLEMENTATION, lambda *args, **kwargs: None)
 
 
-def _mlp(forward: Callable[[Tensor], Tensor], *, ends: bool) -> Callable[[Tensor], Tensor]:
+def _mlp(
+    forward: Callable[[Tensor], Tensor], last: LinearInto | None, *, ends: bool
+) -> Callable[[Tensor], Tensor]:
     """Run an MLP in tiles; it is the last of its layer, and may be that of the last one.
 
     Its input is the fresh output of a norm, of which no family reads anything after its MLP.
     """
-    run_tiles = tiled(forward, in_place=True)
+    run_tiles = tiled_in_place(forward, last)
 
     def run(x: Tensor) -> Tensor:
         assert _active is not None, "MLPs run while a session is attached"
         last_alone = ends and _active.wants_last_token
-        # One token's in every place, as memory of its own: a norm may follow.
-        out = forward(x[:, -1:]).expand_as(x).contiguous() if last_alone else run_tiles(x)
+        # One token's in every place: a norm may follow.
+        out = x.copy_(forward(x[:, -1:])) if last_alone else run_tiles(x)
         if is_long(x.shape[1]):
             _active.end_layer()
         return out
@@ -123,13 +131,19 @@ def attached(model: PreTrainedModel, session: Attends) -> Iterator[None]:
         last = last_mlp(model)
         for name, module in model.named_modules():
             if name.split(".")[-1] == "mlp":
-                stack.enter_context(replaced(module, _mlp(module.forward, ends=module is last)))
+                down = getattr(module, "down_proj", None)
+                into = LinearInto(down) if type(down) is nn.Linear else None
+                if into is not None:
+                    stack.enter_context(replaced(into.linear, into.forward))
+                ends = module is last
+                stack.enter_context(replaced(module, _mlp(module.forward, into, ends=ends)))
             elif type(module).__name__.endswith("Norm") and module not in fused:
                 stack.enter_context(replaced(module, tiled(module.forward)))
         attention = attention_modules(model)
         family: Any = importlib.import_module(type(attention[0]).__module__)
         stack.callback(setattr, family, ROTATION, getattr(family, ROTATION))
-        setattr(family, ROTATION, rotating_in_place(getattr(family, ROTATION)))
+        at_once = session.fused.rotate_in_place if session.fused is not None else None
+        setattr(family, ROTATION, rotating_in_place(getattr(family, ROTATION), at_once))
         for module in attention:
             if type(module.o_proj) is nn.Linear:
                 _outputs[module] = OutputProjection(module.o_proj)

@@ -12,7 +12,7 @@ from shadowkv_cli.ops.full_attention import full_attention
 from shadowkv_cli.ops.gated_silu import gated_silu
 from shadowkv_cli.ops.rebuild_keys import rebuild_keys
 from shadowkv_cli.ops.rms_norm import rms_norm
-from shadowkv_cli.ops.rotate_heads import rotate_heads
+from shadowkv_cli.ops.rotate_heads import rotate_heads, rotate_heads_
 from shadowkv_cli.ops.select_chunks import select_chunks
 from shadowkv_cli.ops.sparse_attention import sparse_attention
 from shadowkv_cli.ops.update_residency import update_residency
@@ -26,6 +26,7 @@ __all__ = [
     "rebuild_keys",
     "rms_norm",
     "rotate_heads",
+    "rotate_heads_",
     "select_chunks",
     "sparse_attention",
     "update_residency",

@@ -325,6 +325,7 @@ ARGUMENTS = {
     "rebuild_keys": rebuild_arguments,
     "rms_norm": layer_cases.norm_arguments,
     "rotate_heads": layer_cases.rotate_arguments,
+    "rotate_heads_": layer_cases.rotate_arguments,
     "select_chunks": select_arguments,
     "sparse_attention": sparse_arguments,
     "update_residency": residency_arguments,

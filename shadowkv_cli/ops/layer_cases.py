@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from shadowkv_cli.ops.cases import Arguments, Sizes
 
-ANY_SIZE = ("append_tokens", "gated_silu", "rms_norm", "rotate_heads")
+ANY_SIZE = ("append_tokens", "gated_silu", "rms_norm", "rotate_heads", "rotate_heads_")
 """Where 16-byte words do not fit, elements are served one by one."""
 
 

@@ -11,7 +11,9 @@ from shadowkv_cli.ops.rotary import rotate
 
 
 def _check(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
-    op, (rows, _, tokens, dim) = "rotate_heads", query.shape
+    op = "rotate_heads"
+    check(query.dim() == 4, op, f"query must be [R, Hq, T, D], got {list(query.shape)}")
+    rows, _, tokens, dim = query.shape
     check(
         key.dim() == 4 and (key.shape[0], *key.shape[2:]) == (rows, tokens, dim),
         op,
@@ -31,7 +33,6 @@ def _check(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
 def _reference(
     query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
-    check(query.dim() == 4, "rotate_heads", f"query must be [R, Hq, T, D], got {list(query.shape)}")
     _check(query, key, cos, sin)
     pairs = cos.shape[-1] // 2
     tables = (cos[:, None, :, :pairs], sin[:, None, :, :pairs])
@@ -52,6 +53,25 @@ define(
     "-> (Tensor, Tensor)",
     _reference,
     _fake,
+)
+
+
+def _reference_in_place(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+) -> None:
+    for x, turned in zip((query, key), _reference(query, key, cos, sin, interleaved), strict=True):
+        x.copy_(turned)
+
+
+def _fake_in_place(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    return None
+
+
+define(
+    "rotate_heads_(Tensor(a!) query, Tensor(b!) key, Tensor cos, Tensor sin, bool interleaved) "
+    "-> ()",
+    _reference_in_place,
+    _fake_in_place,
 )
 
 
@@ -77,3 +97,11 @@ def rotate_heads(
     if not compiled.serves_any_size(query):
         return _reference(query, key, cos, sin, interleaved)
     return torch.ops.shadowkv.rotate_heads(query, key, cos, sin, interleaved)
+
+
+def rotate_heads_(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    """The same in place: query and key are changed, and may be any views of distinct elements."""
+    if compiled.serves_any_size(query):
+        torch.ops.shadowkv.rotate_heads_(query, key, cos, sin, interleaved)
+    else:
+        _reference_in_place(query, key, cos, sin, interleaved)
