@@ -218,6 +218,21 @@ def test_targets_follow_from_the_rows() -> None:
     assert measured.published_hours(8) == pytest.approx(1248 * 12.5 / 8 / 3600)
 
 
+def test_a_later_run_tells_what_the_first_does_not(tmp_path: Path) -> None:
+    rows = {
+        "a": [row("kept", 9.2, "beside", backend="cudnn")],
+        "b": [*ROWS, row("kept", 8.0, "beside", backend="cudnn")],
+    }
+    for name, of_run in rows.items():
+        with open_run(tmp_path / name) as run:
+            run.append("prefill", of_run)
+    found = {t["name"]: t["measured"] for t in compare(tmp_path / "a", tmp_path / "b")}
+    alone = {t["name"]: t["measured"] for t in compare(tmp_path / "b")}
+    assert found.pop("prefill with one configuration, cudnn") == 9.2
+    assert alone.pop("prefill with one configuration, cudnn") == 8.0
+    assert found == alone, "nothing is made of figures of both"
+
+
 def test_what_was_not_measured_is_neither_met_nor_missed(tmp_path: Path) -> None:
     assert all(t.measure(Measured([])) is None and t.met(None, 1.0) is None for t in TARGETS)
     slow = [{**r, "seconds": 3 * r["seconds"]} for r in ROWS]

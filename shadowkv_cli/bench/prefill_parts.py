@@ -129,10 +129,7 @@ def small_ops(loaded: LoadedModel, tokens: int, repeats: int) -> dict[str, list[
     gate, up = random(1, longest, 2 * inner, like=loaded).chunk(2, -1)
 
     def rotate() -> None:
-        for tile in cut:
-            ops.rotate_heads_(
-                q[:, :, tile], k[:, :, tile], cos[:, tile], sin[:, tile], loaded.interleaved
-            )
+        ops.rotate_heads_(q, k, cos, sin, loaded.interleaved)
 
     def gated() -> None:
         for tile in cut:

@@ -3,7 +3,8 @@
     python -m shadowkv_cli.bench.prefill_targets results/gpu-prefill
 
 Reads the rows of `bench.prefill_speed`, takes the best time of each figure, and writes
-`targets.json` beside them. `--readme FILE` puts the table between `<!-- prefill targets -->` and
+`targets.json` beside them. Of several runs a later one tells what the earlier ones do not: figures
+of two runs are never put together. `--readme FILE` puts the table between `<!-- prefill targets -->` and
 `<!-- /prefill targets -->` of a file.
 """
 
@@ -15,7 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shadowkv_cli.bench.judging import Target, judge, target_table, write_and_print
+from shadowkv_cli.bench.judging import (
+    Target,
+    check_one_device,
+    judge,
+    target_table,
+    write_and_print,
+)
 from shadowkv_cli.bench.markdown import replace_section
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.results import read_run
@@ -141,24 +148,35 @@ TARGETS: Sequence[Target[Measured]] = (
 )  # fmt: skip
 
 
-def compare(folder: Path) -> list[dict[str, Any]]:
-    """Each target beside what a run measured. Raises UsageError where there is none."""
-    run = read_run(folder)
-    return judge(TARGETS, Measured([r for r in run.prefill if r["error"] is None]), [run])
+def compare(*folders: Path) -> list[dict[str, Any]]:
+    """Each target beside what the first run that measured it gave.
+
+    Raises UsageError where there is no run, or runs are of different devices.
+    """
+    runs = [read_run(folder) for folder in folders]
+    check_one_device(runs)
+    found = []
+    for run in runs:
+        rows = [row for row in run.prefill if row["error"] is None]
+        found.append(judge(TARGETS, Measured(rows), [run]))
+    return [
+        next((row for row in by_run if row["measured"] is not None), by_run[0])
+        for by_run in zip(*found, strict=True)
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("run", type=Path, help="folder of measured prefills")
+    parser.add_argument("run", type=Path, nargs="+", help="folders of measured prefills")
     parser.add_argument("--readme", type=Path, help="put the table into this file, too")
     given = parser.parse_args()
     try:
-        rows = compare(given.run)
+        rows = compare(*given.run)
         if given.readme:
             replace_section(given.readme, SECTION, target_table(rows))
     except UsageError as error:
         parser.error(str(error))
-    write_and_print(rows, given.run)
+    write_and_print(rows, given.run[0])
 
 
 if __name__ == "__main__":

@@ -81,11 +81,14 @@ def _gram(parts: Iterable[Tensor]) -> Tensor:
     """Sum of the parts' Gram matrices, float32 [W, W]."""
     total: Tensor | None = None
     for part in parts:
-        exact = _on_tensor_cores(part)
-        gram = torch.mm(part.T, part, out_dtype=torch.float32) if exact else part.T @ part
-        total = gram if total is None else total.add_(gram)
+        total = _square(part) if total is None else total.add_(_square(part))
     assert total is not None, "a prompt has tokens"
     return total
+
+
+def _square(keys: Tensor) -> Tensor:
+    exact = _on_tensor_cores(keys)
+    return torch.mm(keys.T, keys, out_dtype=torch.float32) if exact else keys.T @ keys
 
 
 def leading(gram: Tensor, rank: int, method: Method | None = None) -> Tensor:

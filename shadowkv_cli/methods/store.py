@@ -199,7 +199,7 @@ class PromptStore:
             return unrotate(k[:, tile], cos[tile], sin[tile], interleaved)
 
         def in_tiles() -> Iterator[Tensor]:
-            for tile in tiles(tokens):
+            for tile in tiles(tokens, finer=2):
                 yield unrotated(tile).to(dtype).transpose(0, 1).flatten(1)
 
         if heads * dim > WIDEST_WHOLE:

@@ -108,6 +108,7 @@ class Session:
         self.used = 0  # places behind the prompts, of the row that has most
         self._prompt: Prompt | None = None  # the one that is being prefilled
         self._tables: dict[tuple[float, ...], int] = {}
+        self._table = 0
 
     def compress(self, *, beside: bool) -> None:
         """Let methods take in a layer beside the model, on a GPU, or between its layers."""
@@ -185,7 +186,8 @@ class Session:
                 tables.sin = torch.cat((tables.sin, sin[None]))
                 self._graphs.clear()
             self._tables[probe] = place
-        tables.index[prompt.index] = 0 if self.num_prompts == 1 else self._tables[probe]
+        self._table = 0 if self.num_prompts == 1 else self._tables[probe]
+        tables.index[prompt.index] = self._table
         self.store.tables = tables
 
     def _free_table(self, tables: RotaryTables, prompt_index: int) -> int:
@@ -204,12 +206,13 @@ class Session:
         """Cosine and sine [rows, tokens, D'] for the model, from the fixed tables."""
         tables = self.store.tables
         assert tables is not None
-        if self.phase == "prefill":
+        if self.phase == "prefill":  # of the prompt's last tokens: views
             assert self._prompt is not None
-            table = tables.index[self._prompt.index].long().expand(position_ids.shape[0])
-        else:
-            table = torch.zeros(position_ids.shape[0], dtype=torch.long, device=tables.cos.device)
-            table[: len(self.batch)] = tables.index[self.batch.prompts].long()
+            end, own = self._prompt.tokens, slice(self._table, self._table + 1)
+            here = slice(end - position_ids.shape[1], end)
+            return tables.cos[own, here], tables.sin[own, here]
+        table = torch.zeros(position_ids.shape[0], dtype=torch.long, device=tables.cos.device)
+        table[: len(self.batch)] = tables.index[self.batch.prompts].long()
         return tables.cos[table[:, None], position_ids], tables.sin[table[:, None], position_ids]
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
