@@ -4,8 +4,8 @@
 
 Reads the rows of `bench.prefill_speed`, takes the best time of each figure, and writes
 `targets.json` beside them. Of several runs a later one tells what the earlier ones do not: figures
-of two runs are never put together. `--readme FILE` puts the table between `<!-- prefill targets -->` and
-`<!-- /prefill targets -->` of a file.
+of two runs are never put together. `--readme FILE` puts the table between
+`<!-- prefill targets -->` and `<!-- /prefill targets -->` of a file.
 """
 
 from __future__ import annotations
