@@ -40,7 +40,7 @@ def working_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 def factorise(keys: Tensor, rank: int, method: Method | None = None) -> tuple[Tensor, Tensor]:
     """Find A [S, r] and B [r, W] whose product is close to the best one of rank r.
 
-    By eigenvectors of the Gram matrix, which is summed up in float32. They are nested, so a smaller
+    By eigenvectors of the Gram matrix, multiplied in float32. They are nested, so a smaller
     rank is the first columns of A and rows of B, and one factorisation serves every rank of a
     sweep. On a GPU, keys of two bytes are multiplied on the tensor cores, and A is of their dtype.
 
@@ -78,17 +78,23 @@ def _on_tensor_cores(keys: Tensor) -> bool:
 
 
 def _gram(parts: Iterable[Tensor]) -> Tensor:
-    """Sum of the parts' Gram matrices, float32 [W, W]."""
+    """Sum of the parts' Gram matrices, float64 [W, W], each multiplied in float32.
+
+    Some rows after the others, so that little of a wide one is there twice.
+    """
     total: Tensor | None = None
     for part in parts:
-        total = _square(part) if total is None else total.add_(_square(part))
+        width = part.shape[1]
+        if total is None:
+            total = part.new_zeros(width, width, dtype=torch.float64)
+        on_tensor_cores = _on_tensor_cores(part)
+        for rows, turned in zip(total.split(WIDEST_WHOLE), part.T.split(WIDEST_WHOLE), strict=True):
+            if on_tensor_cores:
+                rows += torch.mm(turned, part, out_dtype=torch.float32)
+            else:
+                rows += turned @ part
     assert total is not None, "a prompt has tokens"
     return total
-
-
-def _square(keys: Tensor) -> Tensor:
-    exact = _on_tensor_cores(keys)
-    return torch.mm(keys.T, keys, out_dtype=torch.float32) if exact else keys.T @ keys
 
 
 def leading(gram: Tensor, rank: int, method: Method | None = None) -> Tensor:
@@ -100,9 +106,9 @@ def leading(gram: Tensor, rank: int, method: Method | None = None) -> Tensor:
     million times what the last direction holds.
     """
     if (method or method_for(gram.shape[0], rank)) == "eigh":
-        _, vectors = torch.linalg.eigh(gram)  # ascending eigenvalues
+        _, vectors = torch.linalg.eigh(gram.float())  # ascending eigenvalues
         return vectors[:, -rank:].flip(-1)
-    gram = gram.double()  # in place of the other, if the caller does not hold it
+    gram = gram.double()
     basis = _start(gram.shape[0], rank, gram.device)
     for _ in range(ROUNDS):
         basis = torch.linalg.qr(gram @ (gram @ basis)).Q
