@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from shadowkv_cli.console import notice
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.model.failures import is_out_of_memory
+from shadowkv_cli.model.two_parts import attend_in_two_parts, takes_two_parts
 
 _SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -58,26 +60,39 @@ class Choice:
 
 def _sdpa(backend: str) -> Attention:
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        behind = q.shape[2] < k.shape[2]
+        if behind and takes_two_parts(backend, q):
+            return attend_in_two_parts(q, k, v, scale)
         if backend == "efficient" and q.shape[1] != k.shape[1]:
             group = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        with sdpa_kernel(_SDPA[backend]):
+        # What is too short for cuDNN's two parts is attended by the other kernel of tensor cores.
+        with sdpa_kernel(_SDPA["flash" if behind and backend == "cudnn" else backend]):
             return _scaled_dot_product(q, k, v, scale)
 
     return attend
 
 
+def _sdpa_of_torch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    if q.shape[2] < k.shape[2] and takes_two_parts("sdpa", q):
+        return attend_in_two_parts(q, k, v, scale)
+    return _scaled_dot_product(q, k, v, scale)
+
+
 def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    gqa = q.shape[1] != k.shape[1]
+    if q.shape[2] == k.shape[2]:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+    # `is_causal` would let the first query see the first key alone.
+    mask = causal_lower_right(q.shape[2], k.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
 
 
 def _packaged(backend: str) -> Attention:
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         function = importlib.import_module(PACKAGES[backend]).flash_attn_func
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = function(q, k, v, softmax_scale=scale, causal=True)
+        out = function(q, k, v, softmax_scale=scale, causal=True)  # aligned at the bottom right
         # flash-attn-4 returns the log-sum-exp too, in some versions only if it is asked for.
         return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
@@ -87,7 +102,7 @@ def _packaged(backend: str) -> Attention:
 def _attention(backend: str) -> Attention:
     if backend in PACKAGES:
         return _packaged(backend)
-    return _scaled_dot_product if backend == "sdpa" else _sdpa(backend)
+    return _sdpa_of_torch if backend == "sdpa" else _sdpa(backend)
 
 
 def _is_installed(package: str) -> bool:
@@ -309,16 +324,17 @@ def broken() -> dict[str, str]:
 
 
 def attend(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of a whole prompt: q [1, Hq, S, D], k and v [1, Hk, S, D].
+    """Causal attention of a prompt's last T of S tokens: q [1, Hq, T, D], k and v [1, Hk, S, D].
 
     Some heads after the others where all would be more elements than kernels can be trusted to
     count: an 8B model's queries of 524,288 tokens are 2^31.
     """
     attention, kv_heads = _attention(backend), k.shape[1]
-    if q.numel() <= MOST_ELEMENTS or kv_heads == 1:
+    elements = max(q.numel(), k.numel())
+    if elements <= MOST_ELEMENTS or kv_heads == 1:
         return attention(q, k, v, scale)
     out = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)  # laid out by token
-    most = max(1, kv_heads * PART_ELEMENTS // q.numel())
+    most = max(1, kv_heads * PART_ELEMENTS // elements)
     group = q.shape[1] // kv_heads
     for first in range(0, kv_heads, most):
         own = slice(first, first + most)
