@@ -25,10 +25,10 @@ from shadowkv_cli.times import times_of, times_table
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six samples whose needles lie in the same text, and three chains, which share little."""
+    """Four samples whose needles lie in the same text, and a chain, which begins otherwise."""
     folder = tmp_path_factory.mktemp("data") / "ruler"
     build = "build-data ruler --tokenizer demo --context-length 1k --seed 3"
-    for tasks, count in (("niah_single_2", "6"), ("vt", "3")):
+    for tasks, count in (("niah_single_2", "4"), ("vt", "1")):
         more = ["--tasks", tasks, "--num-samples", count, "--output", str(folder)]
         assert run([*build.split(), *more]) == 0
     return folder
@@ -36,8 +36,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(data: Path, *more: str, output: Path) -> list[str]:
     what = ["eval", "--model", "demo", "--device", "cpu", "--data", str(data)]
-    methods = ["--method", "full,shadowkv,random,streaming", "--sparse-budget", "64"]
-    methods += ["--rank", "32", "--max-new-tokens", "12"]
+    methods = ["--method", "full,shadowkv,random", "--sparse-budget", "64"]
+    methods += ["--rank", "32", "--max-new-tokens", "8"]
     return [*what, *methods, *more, "--output", str(output)]
 
 
@@ -104,7 +104,7 @@ def test_times_say_how_much_was_spared(plain: Path, finished: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [["--batch-size", "3"], ["--batch-size", "2", "--num-workers", "2"]]
+    "more", [["--batch-size", "5"], ["--batch-size", "1", "--num-workers", "2"]]
 )
 def test_batches_and_workers(more: list[str], data: Path, plain: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
@@ -177,7 +177,7 @@ def test_a_failed_batch_is_answered_one_by_one(
     path = tmp_path / "run"
     assert run(command(data, "--reuse-prefix", "--batch-size", "3", output=path)) == 0
     assert answers(path) == answers(plain)
-    assert sum(count > 0 for count in reused(path).values()) == 5
+    assert sum(count > 0 for count in reused(path).values()) == 3
 
 
 def test_a_dry_run_counts_what_is_spared(
