@@ -91,6 +91,17 @@ def test_everything_is_that_of_a_whole_prefill(family: str, shared: int, place: 
     assert answers[0] == answers[1], case
 
 
+@pytest.mark.parametrize("backend", ["math", "sdpa"])
+def test_every_backend_attends_to_what_was_taken_over(backend: str) -> None:
+    loaded, first = tiny_model("llama"), prompt_of(TOKENS, 1)
+    session = session_of(loaded, [FullSpec()], backend=backend, reuse_prefix=True)
+    session.prefill(first)
+    second = branched(first, 90)
+    expected = session_of(loaded, [FullSpec()]).prefill(second)
+    assert torch.allclose(session.prefill(second), expected, atol=1e-4)
+    assert session.reused_tokens == 90
+
+
 def test_a_prompt_that_was_taken_over_from_is_left_as_it_was() -> None:
     loaded, specs = tiny_model("llama"), all_methods()
     first = prompt_of(TOKENS, 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shadowkv_cli.model import exact_attention, two_parts
 from shadowkv_cli.model.exact_attention import attend, installed, unfit
-from shadowkv_cli.model.two_parts import attend_in_two_parts
+from shadowkv_cli.model.two_parts import attend_behind
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 ON_GPU = ("flash-attn-4", "cudnn", "flash-attn", "flash", "efficient", "math", "sdpa")
@@ -70,7 +70,7 @@ def test_last_tokens_on_a_cpu(
 def test_parts_add_up_however_unequal(tokens: int, before: int, group: int, spread: float) -> None:
     """Also where one of the two has all of the weight."""
     q, k, v = inputs(tokens, before, (2 * group, 2), spread=spread)
-    out = attend_in_two_parts(q, k, v, 0.25)
+    out = attend_behind("flash", q, k, v, 0.25)
     # Logits of some thousands are rounded by some ten-thousandths.
     error = (out.double() - exact(q, k, v, 0.25)).abs().max()
     assert error < (2e-3 if spread > 1 else 3e-6), error
@@ -78,7 +78,7 @@ def test_parts_add_up_however_unequal(tokens: int, before: int, group: int, spre
 
 def test_halves_are_merged_in_float32() -> None:
     q, k, v = inputs(300, 500, (4, 2), dtype=torch.bfloat16)
-    out = attend_in_two_parts(q, k, v, 0.25)
+    out = attend_behind("flash", q, k, v, 0.25)
     assert out.dtype == torch.bfloat16
     # An output is rounded twice: by its part, and when it is merged.
     assert (out.double() - exact(q, k, v, 0.25)).abs().max() < 2 * 2**-8
@@ -88,15 +88,41 @@ def test_no_mask_is_held_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor any other tensor of queries by keys."""
     seen: list[int] = []
     part = two_parts._part
-    monkeypatch.setattr(
-        two_parts, "_part", lambda q, k, *rest, **more: seen.append(k.shape[2])
-        or part(q, k, *rest, **more),
-    )  # fmt: skip
-    monkeypatch.setattr(exact_attention, "causal_lower_right", None)
+
+    def recorded(kernel: str, q: Tensor, k: Tensor, *rest, **more) -> tuple[Tensor, Tensor]:
+        seen.append(k.shape[2])
+        return part(kernel, q, k, *rest, **more)
+
+    monkeypatch.setattr(two_parts, "_part", recorded)
+    monkeypatch.setattr(torch, "ones", None)
     for backend in ("flash", "sdpa"):
         attend(backend, *inputs(20, 80, (4, 2)), 0.3)
         attend(backend, *inputs(20, 0, (4, 2)), 0.3)
-    assert seen == [80, 20, 80, 20], "whole prompts are one part"
+    assert seen == [80, 20, 80, 20], "whole prompts are not cut"
+
+
+HALF, FLOAT = torch.bfloat16, torch.float32
+KERNELS = [
+    ("cudnn", HALF, 200, 128, "cudnn"), ("cudnn", HALF, 127, 128, "flash"),
+    ("flash", HALF, 200, 64, "flash"), ("sdpa", HALF, 200, 64, "flash"),
+    ("sdpa", FLOAT, 200, 64, "efficient"), ("efficient", FLOAT, 1, 64, "efficient"),
+    ("efficient", HALF, 33, 64, "efficient"), ("math", HALF, 33, 64, "math"),
+    ("flash", HALF, 33, 60, "math"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("backend", "dtype", "tokens", "dim", "kernel"), KERNELS)
+def test_kernels_of_a_gpu_are_called_as_torch_declares_them(
+    backend: str, dtype: torch.dtype, tokens: int, dim: int, kernel: str
+) -> None:
+    """On tensors without numbers, whose ops check arguments and say what shapes come of them."""
+    q, k, v = (
+        torch.empty(1, heads, count, dim, dtype=dtype, device="meta")
+        for heads, count in ((6, tokens), (2, tokens + 64), (2, tokens + 64))
+    )
+    assert two_parts._kernel_of(backend, q) == kernel
+    out = attend(backend, q, k, v, 0.3)
+    assert (out.shape, out.dtype) == (q.shape, dtype)
 
 
 @pytest.mark.parametrize("backend", installed(CPU))
@@ -109,12 +135,13 @@ def test_heads_of_very_many_keys_are_attended_in_parts(
     monkeypatch.setattr(exact_attention, "MOST_ELEMENTS", k.numel() - 1)
     monkeypatch.setattr(exact_attention, "PART_ELEMENTS", k.numel() // 2)
     assert q.numel() < exact_attention.MOST_ELEMENTS
-    widths, attention = [], exact_attention._attention(backend)
-    monkeypatch.setattr(
-        exact_attention,
-        "_attention",
-        lambda _: lambda q, *rest: widths.append(q.shape[1]) or attention(q, *rest),
-    )
+    widths: list[int] = []
+
+    def recorded(name: str, q: Tensor, *rest) -> Tensor:
+        widths.append(q.shape[1])
+        return attend_behind(name, q, *rest)
+
+    monkeypatch.setattr(exact_attention, "attend_behind", recorded)
     assert torch.allclose(attend(backend, q, k, v, 0.3), whole, atol=1e-6)
     assert widths == [4, 4]
 

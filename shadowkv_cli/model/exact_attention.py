@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import warnings
@@ -14,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from shadowkv_cli.console import notice
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.model.failures import is_out_of_memory
-from shadowkv_cli.model.two_parts import attend_in_two_parts, takes_two_parts
+from shadowkv_cli.model.two_parts import attend_behind
 
 _SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -60,32 +60,19 @@ class Choice:
 
 def _sdpa(backend: str) -> Attention:
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        behind = q.shape[2] < k.shape[2]
-        if behind and takes_two_parts(backend, q):
-            return attend_in_two_parts(q, k, v, scale)
         if backend == "efficient" and q.shape[1] != k.shape[1]:
             group = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        # What is too short for cuDNN's two parts is attended by the other kernel of tensor cores.
-        with sdpa_kernel(_SDPA["flash" if behind and backend == "cudnn" else backend]):
+        with sdpa_kernel(_SDPA[backend]):
             return _scaled_dot_product(q, k, v, scale)
 
     return attend
 
 
-def _sdpa_of_torch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    if q.shape[2] < k.shape[2] and takes_two_parts("sdpa", q):
-        return attend_in_two_parts(q, k, v, scale)
-    return _scaled_dot_product(q, k, v, scale)
-
-
 def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    gqa = q.shape[1] != k.shape[1]
-    if q.shape[2] == k.shape[2]:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
-    # `is_causal` would let the first query see the first key alone.
-    mask = causal_lower_right(q.shape[2], k.shape[2])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
+    return F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
 
 
 def _packaged(backend: str) -> Attention:
@@ -102,7 +89,7 @@ def _packaged(backend: str) -> Attention:
 def _attention(backend: str) -> Attention:
     if backend in PACKAGES:
         return _packaged(backend)
-    return _sdpa_of_torch if backend == "sdpa" else _sdpa(backend)
+    return _scaled_dot_product if backend == "sdpa" else _sdpa(backend)
 
 
 def _is_installed(package: str) -> bool:
@@ -329,7 +316,9 @@ def attend(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tenso
     Some heads after the others where all would be more elements than kernels can be trusted to
     count: an 8B model's queries of 524,288 tokens are 2^31.
     """
-    attention, kv_heads = _attention(backend), k.shape[1]
+    in_parts = q.shape[2] < k.shape[2] and backend not in PACKAGES
+    attention = functools.partial(attend_behind, backend) if in_parts else _attention(backend)
+    kv_heads = k.shape[1]
     elements = max(q.numel(), k.numel())
     if elements <= MOST_ELEMENTS or kv_heads == 1:
         return attention(q, k, v, scale)
