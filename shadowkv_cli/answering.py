@@ -90,6 +90,7 @@ class Answerer:
         backend: str,
         room: int,
         tokenizer_mismatch: bool = False,
+        reuse_prefix: bool = False,
     ) -> None:
         self.loaded = loaded
         self.encoder = PromptEncoder(tokenizer)
@@ -97,6 +98,7 @@ class Answerer:
         self.backend = backend
         self.room = room
         self.tokenizer_mismatch = tokenizer_mismatch
+        self.reuse_prefix = reuse_prefix
         self.backends_used: dict[str, float | None] = {}  # and the TFLOP/s of their trials
         self._key: tuple[object, ...] = ()
         self._session: Session | None = None
@@ -117,6 +119,7 @@ class Answerer:
                 new_tokens=self.room,
                 num_prompts=num_prompts,
                 backend=self.backend,
+                reuse_prefix=self.reuse_prefix,
             )
             self._key = key
         return self._session
@@ -242,6 +245,7 @@ class Answerer:
         session.choose_backend()
         started = time.perf_counter()
         first = session.prefill(ids, key=f"{sample.id} {spec.cell}").argmax(-1).expand(1)
+        reused = session.reused_tokens
         (answer,) = session.generate(first, [second.max_new_tokens], self.loaded.eos_ids)
         scored = self._scored(sample, answer)
         return (
@@ -251,6 +255,7 @@ class Answerer:
                 "reasoning": row["prediction"],
                 "generated_tokens": row["generated_tokens"] + scored["generated_tokens"],
                 "second_prompt_tokens": len(ids),
+                "second_reused_tokens": reused,
                 "second_dense_fallback": dense,
                 "second_s": round(time.perf_counter() - started, 6),
             }
@@ -273,12 +278,13 @@ class Answerer:
         session.choose_backend()
         peak = PeakMemory(self.loaded.device)
         peak.restart()
-        first, prefill_s = [], []
+        first, prefill_s, reused = [], [], []
         for index, (question, ids) in enumerate(zip(questions, encoded, strict=True)):
             started = time.perf_counter()
             logits = session.prefill(ids, index=index, key=question.sample.id)
             first += [int(logits.argmax(-1))] * len(batch)  # waits for the device
             prefill_s.append(time.perf_counter() - started)
+            reused.append(session.reused_tokens)
         bucket = session.batch.bucket  # before rows that have ended are left out
         started, prefill_bytes = time.perf_counter(), peak.read()
         limits = [q.sample.max_new_tokens for q in questions for _ in batch]
@@ -309,6 +315,7 @@ class Answerer:
                 audit = session.audit(place, len(answers[place]) - 1)
                 own = {
                     "prompt_tokens": len(ids),
+                    "reused_tokens": reused[index],
                     "hit_rate": audit.pop("hit_rate"),
                     "audit": audit,
                     "prefill_s": round(prefill_s[index], 6),

@@ -19,6 +19,9 @@ OUTLIER_TOKENS_PER_BUDGET = Fraction(192, 1024)
 MAX_BUFFER = 1_000_000
 """Multiples of the selected chunks: far more than any prompt has."""
 
+LEAST_SHARED_TOKENS = 64
+"""Of the beginning that two prompts share: taking over less is not worth its copies."""
+
 SCALE_BYTES = 4
 """Of the float32 that scales a chunk of values, or a landmark, in fp8."""
 
@@ -194,6 +197,8 @@ class MethodSpec:
 
     name: ClassVar[str]
     help: ClassVar[str]
+    keeps_exact: ClassVar[bool] = False
+    """Whether all keys and values of a prompt stay beside the model, as it computed them."""
 
     def settings(self) -> dict[str, Any]:
         """All fields as JSON values, in the order of declaration."""
@@ -229,6 +234,7 @@ class FullSpec(MethodSpec):
 
     name: ClassVar[str] = "full"
     help: ClassVar[str] = "exact attention over everything"
+    keeps_exact: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -409,6 +415,7 @@ class OracleSpec(SparseSpec):
 
     name: ClassVar[str] = "oracle"
     help: ClassVar[str] = "control: the chunks with the most true attention"
+    keeps_exact: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -417,6 +424,7 @@ class RandomSpec(SparseSpec):
 
     name: ClassVar[str] = "random"
     help: ClassVar[str] = "control: chunks drawn at random"
+    keeps_exact: ClassVar[bool] = True
 
     seed: int = 42
 

@@ -6,14 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from shadowkv_cli.answering import reader_of, tokenizer_of
+from shadowkv_cli.answering import Question, reader_of, tokenizer_of
 from shadowkv_cli.config import FullSpec, MethodSpec, ModelShape, ShadowKVSpec, SparseSpec
 from shadowkv_cli.console import format_bytes, format_duration, print_json
 from shadowkv_cli.errors import UsageError
-from shadowkv_cli.evaluate import batch_size_for, check_tokenizer, choose_samples, find_missing
+from shadowkv_cli.evaluate import (
+    Work,
+    batch_size_for,
+    check_tokenizer,
+    choose_samples,
+    find_missing,
+)
+from shadowkv_cli.prefix_order import by_beginning, expected_reuse
 from shadowkv_cli.results import done_cells, read_run
 from shadowkv_cli.run_config import BenchConfig, BenchSettings, EvalConfig, ModelChoice, SweepConfig
 from shadowkv_cli.shared_bytes import shared_cache_bytes
+from shadowkv_cli.side_by_side import in_batches
 from shadowkv_cli.tasks.rows import Dataset
 
 if TYPE_CHECKING:
@@ -78,6 +86,16 @@ def _model(
     return facts, stored_or_measured(device, [dtype])
 
 
+def _reused_tokens(config: EvalConfig, work: Work, together: int) -> dict[str, int]:
+    """About how many tokens of each sample that is left are taken over, by its id."""
+    if not config.reuse_prefix:
+        return {sample.id: 0 for sample in work.todo}
+    questions = [Question(s, work.missing[s.id], 0) for s in by_beginning(work.todo)]
+    batches = in_batches(questions, together, config.num_workers)
+    samples = [[question.sample for question in batch] for batch in batches]
+    return expected_reuse(samples, config.num_workers)
+
+
 def describe_evaluation(config: EvalConfig, kind: str = "eval") -> Plan:
     """What `eval`, or the accuracy phase of `sweep`, would do.
 
@@ -98,10 +116,13 @@ def describe_evaluation(config: EvalConfig, kind: str = "eval") -> Plan:
     device, to_load = resolve_device(choice.device), facts.weight_bytes
     together = batch_size_for(config, work, facts.shape, device, still_to_load=to_load)
     together = min(together, max(len(work.todo), 1))
+    reused = _reused_tokens(config, work, together)
     prefill_s, decode_s, generated = 0.0, 0.0, 0
     for sample in work.todo:
         cells, tokens = work.missing[sample.id], sample.prompt_tokens
-        prefill_s += estimate.prefill_seconds(facts, probe, tokens, cells, choice.backend)
+        prefill_s += estimate.prefill_seconds(
+            facts, probe, tokens, cells, choice.backend, reused[sample.id]
+        )
         steps = sample.max_new_tokens - 1  # the first token is the prefill's
         if probe.h2d_gb_s is not None:
             of_all = estimate.captured_seconds(
@@ -125,6 +146,8 @@ def describe_evaluation(config: EvalConfig, kind: str = "eval") -> Plan:
     )
     on_gpu = probe.h2d_gb_s is not None
     prompt_tokens = sum(sample.prompt_tokens for sample in work.todo)
+    tokens_reused = sum(reused.values())
+    taken_over = f", about {tokens_reused:,} of them taken over" if config.reuse_prefix else ""
     plan = Plan(
         {
             "kind": kind,
@@ -134,6 +157,7 @@ def describe_evaluation(config: EvalConfig, kind: str = "eval") -> Plan:
             "samples_done": len(work.samples) - len(work.todo),
             "prefills": len(work.todo),
             "prompt_tokens": prompt_tokens,
+            "estimated_reused_tokens": tokens_reused,
             "max_generated_tokens": generated,
             "rows": rows,
             "weight_bytes": facts.weight_bytes,
@@ -151,7 +175,7 @@ def describe_evaluation(config: EvalConfig, kind: str = "eval") -> Plan:
     plan.lines = [
         f"Would run {kind} of {choice.name} on {config.data}, into {config.output}:",
         *(f"  {spec.cell}: {_budget(spec, longest)}" for spec in config.specs),
-        f"  {len(work.todo)} prefills of {prompt_tokens:,} tokens in all "
+        f"  {len(work.todo)} prefills of {prompt_tokens:,} tokens in all{taken_over} "
         f"({len(work.samples) - len(work.todo)} of {len(work.samples)} samples are done), then at "
         f"most {generated:,} generated tokens in {len(config.specs)} cells, of {together} at a "
         "time",

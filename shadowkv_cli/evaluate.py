@@ -16,6 +16,7 @@ from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec
 from shadowkv_cli.console import notice, progress
 from shadowkv_cli.environment import capture
 from shadowkv_cli.errors import UsageError, unknown_name
+from shadowkv_cli.prefix_order import by_beginning
 from shadowkv_cli.results import MANIFEST, RunFolder, RunKind, check_place, done_cells, read_run
 from shadowkv_cli.run_config import EvalConfig, ModelChoice
 from shadowkv_cli.tasks.metrics import check_metric
@@ -312,7 +313,7 @@ def evaluate_loaded(config: EvalConfig, kind: RunKind, ready: Ready, run: RunFol
     passes: dict[str, int] = {}
     for row in rows:
         passes[row["id"]] = max(passes.get(row["id"], 0), row["pass"] + 1)
-    todo = work.todo
+    todo = by_beginning(work.todo) if config.reuse_prefix else work.todo
     finished = len(work.samples) - len(todo)
     if finished:
         rest = "continuing" if todo else "nothing is left to run"
@@ -323,10 +324,13 @@ def evaluate_loaded(config: EvalConfig, kind: RunKind, ready: Ready, run: RunFol
         backend=config.model.backend,
         room=work.room,
         tokenizer_mismatch=ready.tokenizer_differs,
+        reuse_prefix=config.reuse_prefix,
     )
     tokens, missing = 0, 0
     size = batch_size_for(config, work, ready.loaded.shape, ready.loaded.device)
-    run.record_environment(num_workers=config.num_workers, batch_size=size)
+    run.record_environment(
+        num_workers=config.num_workers, batch_size=size, reuse_prefix=config.reuse_prefix
+    )
     recorded: dict[str, float | None] = {}  # at once, so that a killed run has it too
     with progress(f"{kind} {config.model.name}", len(work.samples)) as bar:
         bar.skip(finished)

@@ -307,6 +307,15 @@ class AnswerOptions(DataOptions):
             "quarter of the free memory holds.",
         ),
     ] = "1"
+    reuse_prefix: Annotated[
+        bool,
+        typer.Option(
+            "--reuse-prefix/--no-reuse-prefix",
+            help="Let a prompt take over the keys and values of the beginning that it shares with "
+            "one just before it: sooner done, but rounded differently, as products of another size "
+            "are. Needs full, oracle or random among the methods.",
+        ),
+    ] = False
 
 
 OneAtATimeOption = Annotated[
@@ -385,4 +394,5 @@ def eval_config(
         max_new_tokens=data.max_new_tokens,
         num_workers=data.num_workers,
         batch_size=parse_batch_size(data.batch_size),
+        reuse_prefix=data.reuse_prefix,
     )

@@ -59,6 +59,7 @@ class EvalConfig:
     max_new_tokens: int | None = None
     num_workers: int = 1
     batch_size: int | None = 1  # samples decoded together; None: as many as fit with ease
+    reuse_prefix: bool = False  # prompts take over the beginning that they share with another
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_workers"):
@@ -71,6 +72,12 @@ class EvalConfig:
         if any(getattr(spec, "resident_layers", 0) == "auto" for spec in self.specs):
             raise UsageError(
                 "resident_layers auto is for bench, which fills the memory: give a number."
+            )
+        if self.reuse_prefix and not any(spec.keeps_exact for spec in self.specs):
+            names = ", ".join(dict.fromkeys(spec.name for spec in self.specs))
+            raise UsageError(
+                f"--reuse-prefix needs a method that keeps all keys and values of a prompt, which "
+                f"none of {names} does: add full to --method."
             )
 
 

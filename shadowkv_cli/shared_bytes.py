@@ -26,7 +26,7 @@ def shared_cache_bytes(
     """
     shadow = [spec for spec in specs if isinstance(spec, ShadowKVSpec)]
     width = shape.key_width
-    exact = any(spec.name in ("full", "oracle", "random") for spec in specs)
+    exact = any(spec.keeps_exact for spec in specs)
     elements = width * 2 * (prompt_tokens + new_tokens) if exact else 0
     elements += max((spec.rank for spec in shadow), default=0) * (prompt_tokens + width)
     elements += width * sum(_own_tokens(spec, prompt_tokens, new_tokens) for spec in specs)

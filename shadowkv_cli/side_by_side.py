@@ -45,6 +45,7 @@ class _Start:
     reader: ModelChoice
     room: int
     tokenizer_mismatch: bool
+    reuse_prefix: bool
     threads: int
     devices: int
 
@@ -89,6 +90,7 @@ def _start_worker(start: _Start, numbers: Any) -> None:
         backend=choice.backend,
         room=start.room,
         tokenizer_mismatch=start.tokenizer_mismatch,
+        reuse_prefix=start.reuse_prefix,
     )
 
 
@@ -143,6 +145,7 @@ def answer_all(
         reader=reader,
         room=answerer.room,
         tokenizer_mismatch=answerer.tokenizer_mismatch,
+        reuse_prefix=answerer.reuse_prefix,
         threads=max(1, usable_cores() // num_workers),
         devices=torch.cuda.device_count() if spread else 0,
     )

@@ -29,6 +29,7 @@ class Times:
         prefill_peak_bytes, prefill_allowed_bytes: the largest peak of a prefill on a GPU, and what
             it may take by the sizes of model and caches.
         backends: exact attention that was used.
+        reused_share: of the prompts' tokens, what was taken over from other prompts.
     """
 
     context_length: int
@@ -42,6 +43,7 @@ class Times:
     prefill_peak_bytes: int | None
     prefill_allowed_bytes: int | None
     backends: tuple[str, ...]
+    reused_share: float
 
 
 def times_of(rows: Iterable[Row]) -> list[Times]:
@@ -78,6 +80,8 @@ def _of_length(length: int, rows: Sequence[Row]) -> Times:
         prefill_peak_bytes=most("prefill_peak_bytes"),
         prefill_allowed_bytes=most("prefill_allowed_bytes"),
         backends=tuple(dict.fromkeys(r.get("attention_backend") or NOTHING for r in rows)),
+        reused_share=sum(own[0].get("reused_tokens", 0) for own in passes)
+        / sum(own[0]["prompt_tokens"] for own in passes),
     )
 
 
@@ -130,6 +134,10 @@ def times_table(found: Sequence[Times], more_notes: Sequence[str] = ()) -> Table
             "allowed: weights, one layer's keys and values, what the cells keep, and a workspace "
             "of 6 tensors of the prompt's tokens by the model's width."
         )
+    reused = {one.context_length: one.reused_share for one in found if one.reused_share}
+    if reused:
+        shares = ", ".join(f"{share:.0%} at {length}" for length, share in reused.items())
+        notes.append(f"Of the prompts' tokens, prefills were spared those taken over: {shares}.")
     return Table(
         "Time and memory of the samples",
         [columns[i] for i in used],

@@ -146,6 +146,26 @@ def test_samples_together_give_what_they_give_alone(tmp_path: Path) -> None:
     assert found["1"] == found["4"] == found["auto"]
 
 
+@pytest.mark.parametrize("size", ["1", "4"])
+def test_beginnings_that_are_taken_over_change_no_answer(size: str, tmp_path: Path) -> None:
+    """A trained model; some samples of every task share their first text."""
+    data = tmp_path / "data"
+    build = "build-data ruler --tokenizer demo --context-length 4k --num-samples 5 --seed 3"
+    tasks = "niah_single_2,niah_multikey_1"
+    assert run([*build.split(), "--tasks", tasks, "--output", str(data)]) == 0
+    found = {}
+    for reuse in ("--no-reuse-prefix", "--reuse-prefix"):
+        command = ["eval", "--model", "demo", "--device", "cuda", "--dtype", "float32"]
+        command += ["--data", str(data), "--method", "full,shadowkv", "--sparse-budget", "64"]
+        more = ["--rank", "32", "--batch-size", size, reuse, "--output", str(tmp_path / reuse)]
+        assert run([*command, *more]) == 0
+        rows = read_run(tmp_path / reuse).predictions
+        found[reuse] = {(r["id"], r["cell"]): r["prediction"] for r in rows}
+        reused = sum(r["reused_tokens"] for r in rows) / sum(r["prompt_tokens"] for r in rows)
+        assert reused > 0.05 if reuse == "--reuse-prefix" else reused == 0
+    assert found["--reuse-prefix"] == found["--no-reuse-prefix"]
+
+
 def test_doctor_sees_the_gpu(capsys) -> None:
     assert run(["doctor", "--require", "cuda", "--probe", "--json", "--offline"]) == 0
     report = capsys.readouterr().out

@@ -47,14 +47,18 @@ GRAPH_S = 2.0
 """The capture of a step, once for each length."""
 
 
-def prefill_flops(facts: ModelFacts, tokens: int) -> tuple[int, int]:
+def prefill_flops(facts: ModelFacts, tokens: int, reused: int = 0) -> tuple[int, int]:
     """Operations of one prompt's linear layers, and of its causal attention (QK and AV).
 
     The last layer's attention is that of one token.
+
+    Args:
+        reused: tokens at its beginning that are not computed, only attended.
     """
     shape = facts.shape
-    linear = 2 * facts.layer_parameters * tokens
-    attention = 2 * tokens**2 * shape.num_q_heads * shape.head_dim * (shape.num_layers - 1)
+    linear = 2 * facts.layer_parameters * (tokens - reused)
+    pairs = tokens**2 - reused**2
+    attention = 2 * pairs * shape.num_q_heads * shape.head_dim * (shape.num_layers - 1)
     return linear, attention
 
 
@@ -73,6 +77,7 @@ def prefill_seconds(
     tokens: int,
     specs: Sequence[MethodSpec] = (),
     backend: str = "auto",
+    reused: int = 0,
 ) -> float:
     """Estimate the prefill of one prompt.
 
@@ -81,14 +86,17 @@ def prefill_seconds(
     Args:
         specs: methods that take the prompt in.
         backend: of exact attention; `auto` is the fastest that was probed.
+        reused: tokens at its beginning that are taken over from another prompt.
     """
-    linear, attention = prefill_flops(facts, tokens)
+    linear, attention = prefill_flops(facts, tokens, reused)
     on_gpu = probe.h2d_gb_s is not None
     share = GPU_LINEAR_SHARE if on_gpu else LINEAR_SHARE
     seconds = linear / (probe.matmul_tflops[facts.dtype] * 1e12 * share)
     seconds += attention / (attention_tflops(facts, probe, backend) * 1e12)
     if on_gpu:
-        moved = SMALL_OPS_TENSORS * tokens * facts.hidden_size * facts.shape.element_bytes
+        moved = (
+            SMALL_OPS_TENSORS * (tokens - reused) * facts.hidden_size * facts.shape.element_bytes
+        )
         read = probe.memory_read_gb_s * 1e9 * GPU_READ_SHARE
         seconds += facts.shape.num_layers * moved / read
         if any(isinstance(spec, ShadowKVSpec) and not spec.is_dense(tokens) for spec in specs):

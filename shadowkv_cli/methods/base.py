@@ -104,8 +104,9 @@ class Group(ABC):
 
     @abstractmethod
     def prefill_layer(self, layer: int, prompt: Prompt, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Take in a prompt's layer: q [Hq, S, D], k and v [Hk, S, D], all after RoPE.
+        """Take in a prompt's layer: q [Hq, T, D], k and v [Hk, S, D], all after RoPE.
 
+        Queries are there of the last T tokens, which are all S where `needs_queries`.
         The store has taken in k and v already. On a GPU it runs beside the model and must never
         wait for the device.
         """

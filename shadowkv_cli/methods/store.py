@@ -79,7 +79,7 @@ class Needs:
     def of(cls, specs: Sequence[MethodSpec], num_layers: int) -> Needs:
         """Unite the needs of several methods."""
         shadow = [s for s in specs if isinstance(s, ShadowKVSpec)]
-        exact = any(s.name in ("full", "oracle", "random") for s in specs)
+        exact = any(s.keeps_exact for s in specs)
         by_spec = [s.value_forms(num_layers) for s in shadow]
         by_spec += [[EXACT] * num_layers] if exact else []
         values = [dict.fromkeys(forms) for forms in zip(*by_spec, strict=True)]

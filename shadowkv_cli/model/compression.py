@@ -63,7 +63,7 @@ class Compression:
         v: Tensor,
         ready: torch.cuda.Event | None,
     ) -> None:
-        """Let every method take in a layer: q [Hq, S, D], k and v [Hk, S, D], after RoPE.
+        """Let every method take in a layer: q [Hq, T, D], k and v [Hk, S, D], after RoPE.
 
         Args:
             ready: from `mark`; what comes after it on the model's stream is not waited for.

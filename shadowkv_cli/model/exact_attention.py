@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import warnings
@@ -18,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from shadowkv_cli.console import notice
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.model.failures import is_out_of_memory
+from shadowkv_cli.model.two_parts import attend_behind
 
 _SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -77,7 +79,7 @@ def _packaged(backend: str) -> Attention:
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         function = importlib.import_module(PACKAGES[backend]).flash_attn_func
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = function(q, k, v, softmax_scale=scale, causal=True)
+        out = function(q, k, v, softmax_scale=scale, causal=True)  # aligned at the bottom right
         # flash-attn-4 returns the log-sum-exp too, in some versions only if it is asked for.
         return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
@@ -309,16 +311,19 @@ def broken() -> dict[str, str]:
 
 
 def attend(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of a whole prompt: q [1, Hq, S, D], k and v [1, Hk, S, D].
+    """Causal attention of a prompt's last T of S tokens: q [1, Hq, T, D], k and v [1, Hk, S, D].
 
     Some heads after the others where all would be more elements than kernels can be trusted to
     count: an 8B model's queries of 524,288 tokens are 2^31.
     """
-    attention, kv_heads = _attention(backend), k.shape[1]
-    if q.numel() <= MOST_ELEMENTS or kv_heads == 1:
+    in_parts = q.shape[2] < k.shape[2] and backend not in PACKAGES
+    attention = functools.partial(attend_behind, backend) if in_parts else _attention(backend)
+    kv_heads = k.shape[1]
+    elements = max(q.numel(), k.numel())
+    if elements <= MOST_ELEMENTS or kv_heads == 1:
         return attention(q, k, v, scale)
     out = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)  # laid out by token
-    most = max(1, kv_heads * PART_ELEMENTS // q.numel())
+    most = max(1, kv_heads * PART_ELEMENTS // elements)
     group = q.shape[1] // kv_heads
     for first in range(0, kv_heads, most):
         own = slice(first, first + most)

@@ -28,6 +28,7 @@ from shadowkv_cli.model.forward import last_logits
 from shadowkv_cli.model.last_layer import attend_last
 from shadowkv_cli.model.loading import LoadedModel
 from shadowkv_cli.model.patches import attached
+from shadowkv_cli.model.residents import Frequencies, Prefix, Residents
 from shadowkv_cli.model.rotary import compute_table, rotary_module
 from shadowkv_cli.model.step_graph import StepGraph, Stepped
 
@@ -63,6 +64,7 @@ class Session:
         backend: str = "auto",
         merge_cells: bool = True,
         captures: bool = True,
+        reuse_prefix: bool = False,
     ) -> None:
         """Make room.
 
@@ -74,6 +76,8 @@ class Session:
             backend: exact attention of the prefill.
             merge_cells: cells of one layout work as one group.
             captures: on a GPU, a step whose rows allow it is one CUDA graph.
+            reuse_prefix: a prompt takes over the keys and values of the beginning that it shares
+                with one in the store, if there are exact ones: see `reused_tokens`.
         """
         self.loaded, self.fused = loaded, loaded.fused
         before = _allocated_bytes(loaded.device)
@@ -107,7 +111,14 @@ class Session:
         self.longest = 0  # prompt, in tokens
         self.used = 0  # places behind the prompts, of the row that has most
         self._prompt: Prompt | None = None  # the one that is being prefilled
-        self._tables: dict[tuple[float, ...], int] = {}
+        self._prefix: Prefix | None = None  # what it takes over
+        # A method that reads queries wants those of all tokens.
+        reads_queries = any(group.needs_queries for _, group in self.groups)
+        can_reuse = reuse_prefix and bool(self.store.keys) and not reads_queries
+        self._residents = Residents() if can_reuse else None
+        self.reused_tokens = 0
+        """Tokens of the last prompt whose keys and values were taken over."""
+        self._tables: dict[Frequencies, int] = {}
         self._table = 0
 
     def compress(self, *, beside: bool) -> None:
@@ -150,17 +161,21 @@ class Session:
         self.batch = self.batch.without(ended)
         self._holders |= self._find_holders(self.batch)
 
-    def set_prompt(self, prompt: Prompt) -> None:
-        """Take note of a prompt's length, give it a rotary table, and let the methods get ready."""
+    def set_prompt(self, prompt: Prompt) -> Frequencies:
+        """Take note of a prompt's length, give it a rotary table, and let the methods get ready.
+
+        Returns numbers of the table that no other table has.
+        """
         self.lengths[prompt.index] = prompt.tokens
         self.longest = max(self.longest, prompt.tokens) if self.num_prompts > 1 else prompt.tokens
         self.used = 0
         self.batch = self._whole
-        self._ensure_table(prompt)
+        frequencies = self._ensure_table(prompt)
         for _, group in self.groups:
             group.begin(prompt)
+        return frequencies
 
-    def _ensure_table(self, prompt: Prompt) -> None:
+    def _ensure_table(self, prompt: Prompt) -> Frequencies:
         """Compute the prompt's table, or find the one that has the same frequencies."""
         total = self.store.prompt_tokens + self.new_tokens
         loaded = self.loaded
@@ -189,6 +204,7 @@ class Session:
         self._table = 0 if self.num_prompts == 1 else self._tables[probe]
         tables.index[prompt.index] = self._table
         self.store.tables = tables
+        return probe
 
     def _free_table(self, tables: RotaryTables, prompt_index: int) -> int:
         """Where a prompt's table may go: behind all, or in place of one that no other prompt has.
@@ -220,6 +236,8 @@ class Session:
         if self.phase != "prefill":
             return self._append_layer(layer, q, k, v, scale)
         assert self._prompt is not None
+        if self._prefix is not None:
+            k, v = self._behind(self._prefix, layer, k, v)
         ready = self._compression.mark()
         if layer + 1 == self.loaded.shape.num_layers:
             out = attend_last(q, k, v, scale)
@@ -227,6 +245,18 @@ class Session:
             out = self._attend_exactly(q, k, v, scale)
         self._compression.take_in(layer, self._prompt, q[0], k[0], v[0], ready)
         return out
+
+    def _behind(self, prefix: Prefix, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [1, Hk, S, D] of a whole prompt, whose last ones are k and v.
+
+        Copies, made on the model's stream before the methods are told that the layer is there: so
+        they may write the prompt where the prefix comes from. What they wrote there in the prefill
+        before has been waited for at its end, and answers are written behind their prompts.
+        """
+        self._compression.end_layer()  # so that those of two layers are never held
+        here = (slice(prefix.index, prefix.index + 1), slice(None), slice(prefix.tokens))
+        keys, values = self.store.keys[layer][here], self.store.values[layer][here]
+        return torch.cat((keys, k), 2), torch.cat((values, v), 2)
 
     @property
     def wants_last_token(self) -> bool:
@@ -288,15 +318,24 @@ class Session:
         """Run a prompt once and let every method take it in; logits [V] of its last token."""
         self.choose_backend()
         prompt = Prompt(index, len(ids), key)
-        self.set_prompt(prompt)
-        self._prompt = prompt
+        frequencies = self.set_prompt(prompt)
+        tokens, residents = torch.tensor(list(ids)), self._residents
+        prefix = None
+        if residents is not None:
+            prefix = residents.longest_prefix(tokens, frequencies)
+            residents.forget(index)  # until it is whole
+        reused = prefix.tokens if prefix is not None else 0
+        self._prompt, self._prefix, self.reused_tokens = prompt, prefix, reused
         try:
-            tokens = torch.tensor(list(ids), device=self.loaded.device)[None]
-            positions = torch.arange(len(ids), device=self.loaded.device)[None]
-            return self._forward("prefill", tokens, positions, 0)[0, 0]
+            rest = tokens[reused:].to(self.loaded.device)[None]
+            positions = torch.arange(reused, len(ids), device=self.loaded.device)[None]
+            logits = self._forward("prefill", rest, positions, reused)[0, 0]
         finally:
             self._compression.finish()
-            self._prompt = None
+            self._prompt = self._prefix = None
+        if residents is not None:
+            residents.note(index, tokens, frequencies)
+        return logits
 
     def decode_step(self, tokens: Tensor) -> Tensor:
         """Feed each row its last token: int64 [R] to logits [R, V]."""
