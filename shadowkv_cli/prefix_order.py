@@ -31,12 +31,14 @@ def shared_characters(one: str, other: str) -> int:
 def expected_reuse(batches: Sequence[Sequence[Sample]], num_workers: int) -> dict[str, int]:
     """About how many tokens of each sample are taken over, by its id.
 
-    As if workers took batches in turn. A worker has the batch before the one it is at; of texts
-    that are sorted, the nearest shares most. Tokens are counted in proportion to characters.
+    A worker has the batch before the one it is at; of texts that are sorted, the nearest shares
+    most. Two workers go from the front and from the back (`side_by_side`), more share out the back
+    in turn. Tokens are counted in proportion to characters.
     """
     reused: dict[str, int] = {}
+    apart = max(1, num_workers - 1)
     for number, batch in enumerate(batches):
-        earlier = batches[number - num_workers] if number >= num_workers else ()
+        earlier = batches[number - apart] if number >= apart else ()
         before = earlier[-1] if earlier else None
         for sample in batch:
             reused[sample.id] = _shared_tokens(sample, before) if before is not None else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import accumulate, groupby, pairwise, zip_longest
@@ -172,17 +172,21 @@ def _threads(count: int) -> Generator[None, None, None]:
 def _share(
     answerer: Answerer, batches: Sequence[Batch], pool: ProcessPoolExecutor, others: int
 ) -> Generator[list[Answered], None, None]:
-    """Whoever is free, this process included, takes the next batch: none is kept for anyone."""
+    """Whoever is free takes a batch, this process from the front and others from the back.
+
+    None is kept for anyone, and of two processes each has neighbours one after the other, whose
+    prompts begin most alike where they were sorted.
+    """
     waiting, done = deque(batches), SimpleQueue[Future[list[Answered]]]()
 
-    def take_next() -> Batch | None:
+    def take(one: Callable[[], Batch]) -> Batch | None:
         try:
-            return waiting.popleft()
+            return one()
         except IndexError:  # a thread beside this one took the last
             return None
 
     def give() -> None:
-        if batch := take_next():
+        if batch := take(waiting.pop):
             try:
                 future = submit(pool, _answer, batch)
             except RuntimeError as error:  # a worker died in between: heard where answers are
@@ -201,7 +205,7 @@ def _share(
     left = len(batches)
     try:
         while left:
-            if own := take_next():
+            if own := take(waiting.popleft):
                 yield ask(answerer, own)
                 left -= 1
             while left and not (waiting and done.empty()):

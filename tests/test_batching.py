@@ -89,22 +89,25 @@ class Pool:
         return self.futures[-1]
 
 
-def test_whoever_is_free_takes_the_next_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While this process is at its first batch, the worker answers two and takes a third."""
+def test_whoever_is_free_takes_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While this process is at its first batch, the worker answers two and takes a third.
+
+    Each goes on beside its last one: this process from the front, the worker from the back.
+    """
     pool, own = Pool(), []
 
     def ask(answerer: object, batch: list[int]) -> list[int]:
         own.extend(batch)
-        if own == [1]:
-            pool.futures[0].set_result([0])
-            pool.futures[1].set_result([2])
-        if own == [1, 4]:
-            pool.futures[2].set_result([3])
+        if own == [0]:
+            pool.futures[0].set_result([4])
+            pool.futures[1].set_result([3])
+        if own == [0, 1]:
+            pool.futures[2].set_result([2])
         return batch
 
     monkeypatch.setattr(side_by_side, "ask", ask)
     answered = list(side_by_side._share(None, [[n] for n in range(5)], pool, 1))
-    assert (pool.given, own) == ([0, 2, 3], [1, 4])
+    assert (pool.given, own) == ([4, 3, 2], [0, 1])
     assert sorted(answered) == [[n] for n in range(5)]
 
 
@@ -121,8 +124,8 @@ def test_a_pool_that_breaks_between_two_batches_ends_the_run(
         return take(work, batch)
 
     def ask(answerer: object, batch: list[int]) -> list[int]:
-        if batch == [1]:
-            pool.futures[0].set_result([0])
+        if batch == [0]:
+            pool.futures[0].set_result([4])
         return batch
 
     monkeypatch.setattr(pool, "submit", submit)
@@ -141,7 +144,7 @@ def test_after_a_failure_no_batch_is_given_out(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(side_by_side, "ask", ask)
     with pytest.raises(ShadowKVError, match="failed"):
         list(side_by_side._share(None, [[n] for n in range(5)], pool, 1))
-    assert pool.given == [0]
+    assert pool.given == [4]
 
 
 # ---- how many ----
