@@ -98,7 +98,7 @@ def test_no_mask_is_held_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for backend in ("flash", "sdpa"):
         attend(backend, *inputs(20, 80, (4, 2)), 0.3)
         attend(backend, *inputs(20, 0, (4, 2)), 0.3)
-    assert seen == [80, 20, 80, 20], "whole prompts are not cut"
+    assert seen == [20, 80, 20, 80], "whole prompts are not cut"
 
 
 HALF, FLOAT = torch.bfloat16, torch.float32
@@ -166,7 +166,7 @@ def test_a_package_is_called_once_for_all(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("heads", [(32, 8, 128), (28, 4, 128), (32, 32, 96), (9, 3, 64)])
 @pytest.mark.parametrize(
     ("tokens", "before"),
-    [(1, 64), (2, 1000), (17, 64), (127, 999), (128, 64), (129, 4097), (1000, 65), (1501, 5000)],
+    [(1, 64), (2, 1000), (17, 64), (127, 999), (128, 64), (129, 4097), (1000, 65), (1601, 5000)],
 )
 @pytest.mark.parametrize("backend", ON_GPU)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "float32"])
@@ -190,10 +190,11 @@ def test_last_tokens_on_a_gpu(
 def test_a_long_prefix_takes_no_memory_for_a_mask() -> None:
     q, k, v = inputs(8192, 57344, (4, 4), 64, device=GPU, dtype=torch.bfloat16)
     for backend in ("cudnn", "flash", "efficient", "sdpa"):
+        attend(backend, q, k, v, 0.125)  # what libraries hold for themselves
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         out = attend(backend, q, k, v, 0.125)
         taken = torch.cuda.max_memory_allocated() - before
-        assert taken < 8192 * 65536 / 4, (backend, taken)
+        assert taken < 8 * q.nbytes, (backend, taken, q.nbytes)  # a mask of bytes: 128
         del out

@@ -1,8 +1,8 @@
 """Causal attention of a prompt's last tokens by kernels that align causal masks at the top left.
 
 A token attends to all that came before these tokens, and to some of themselves. Both parts say how
-much they weigh, by their log-sum-exp, so that their outputs add up to the exact one; no mask of
-queries by keys is ever held. (`torch.nn.attention.bias.causal_lower_right` would be shorter, but
+much they weigh, by their log-sum-exp, so that their outputs add up to the exact one; neither a mask
+of queries by keys nor a second whole output is ever held. (`torch.nn.attention.bias.causal_lower_right` would be shorter, but
 reserves eight bytes of the host for each pair of a query and a key.)
 """
 
@@ -40,13 +40,14 @@ def attend_behind(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -
     if kernel == "efficient" and gqa:
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    out, total = _part(kernel, q, k[:, :, :before], v[:, :, :before], scale, causal=False)
-    own, own_total = _part(kernel, q, k[:, :, before:], v[:, :, before:], scale, causal=True)
-    weight = torch.sigmoid(total - own_total)[..., None]  # float32 [1, Hq, T, 1]
+    out, own_total = _part(kernel, q, k[:, :, before:], v[:, :, before:], scale, causal=True)
     for tile in tiles(q.shape[2]):
-        here = (slice(None), slice(None), tile)
-        own[here] = torch.lerp(own[here].float(), out[here].float(), weight[here])
-    return own
+        part, own = q[:, :, tile], out[:, :, tile]  # [1, Hq, t, D]
+        kernel = _kernel_of(backend, part)
+        more, total = _part(kernel, part, k[:, :, :before], v[:, :, :before], scale, causal=False)
+        weight = torch.sigmoid(total - own_total[:, :, tile])[..., None]  # float32 [1, Hq, t, 1]
+        own.copy_(torch.lerp(own.float(), more.float(), weight))
+    return out
 
 
 def _kernel_of(backend: str, q: Tensor) -> Kernel:
