@@ -2,8 +2,9 @@
 
 A token attends to all that came before these tokens, and to some of themselves. Both parts say how
 much they weigh, by their log-sum-exp, so that their outputs add up to the exact one; neither a mask
-of queries by keys nor a second whole output is ever held. (`torch.nn.attention.bias.causal_lower_right` would be shorter, but
-reserves eight bytes of the host for each pair of a query and a key.)
+of queries by keys nor a second whole output is ever held. (torch's own
+`torch.nn.attention.bias.causal_lower_right` would be shorter, but reserves eight bytes of the host
+for each pair of a query and a key.)
 """
 
 from __future__ import annotations
