@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from shadowkv_cli.bench import targets
-from shadowkv_cli.bench.judging import target_table
+from shadowkv_cli.bench.judging import Target, judge, target_table
 from shadowkv_cli.bench.markdown import replace_section, section
 from shadowkv_cli.bench.targets import TARGETS, Run, compare
 from shadowkv_cli.errors import UsageError
@@ -142,6 +145,31 @@ def test_the_command_writes_targets_and_the_table(
     assert "| values fp8, 88 % | at least 8.5 | not measured | x full |  |" in page.read_text()
 
 
+def test_a_figure_is_told_with_the_run_that_gave_it() -> None:
+    runs: list[Any] = [
+        SimpleNamespace(
+            manifest={
+                "environment": {"git": {"commit": name}, "gpu": {"name": "H100"}},
+                "command": ["measure", name],
+            }
+        )
+        for name in ("first", "second")
+    ]
+    alone = [{"a": 1.0, "b": 2.0}, {"b": 3.0, "c": 4.0}]
+    together = {"a": 1.0, "b": 3.0, "c": 4.0, "both": 5.0}
+    wanted = [
+        Target(name, None, "", lambda found, name=name: found.get(name))
+        for name in (*together, "none")
+    ]
+    rows = {row["name"]: row for row in judge(wanted, together, runs, alone)}
+    told = {name: (row["commit"], row["command"]) for name, row in rows.items()}
+    of_first, of_second = ("first", "measure first"), ("second", "measure second")
+    of_all = ("first", "measure first && measure second")
+    assert told == {
+        "a": of_first, "b": of_second, "c": of_second, "both": of_all, "none": of_all
+    }  # fmt: skip
+
+
 def test_runs_of_other_devices_are_not_mixed(small_run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
@@ -164,7 +192,19 @@ def test_a_document_without_a_place_is_refused(tmp_path: Path) -> None:
     assert section("nothing", "targets") == ""
 
 
-def test_the_readme_has_the_table_of_the_committed_run() -> None:
-    rows = json.loads((ROOT / "results/h100-decode/targets.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize(
+    ("run", "name"), [("h100-decode", "targets"), ("h100-prefill", "prefill targets")]
+)
+def test_the_readme_has_the_table_of_the_committed_run(run: str, name: str) -> None:
+    rows = json.loads((ROOT / "results" / run / "targets.json").read_text(encoding="utf-8"))
     page = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert section(page, "targets") == target_table(rows)
+    assert section(page, name) == target_table(rows)
+
+
+@pytest.mark.parametrize("run", ["h100-decode", "h100-prefill"])
+def test_a_committed_figure_comes_from_a_committed_run(run: str) -> None:
+    """Its command writes to a folder of results/ whose manifest names the same commit."""
+    for row in json.loads((ROOT / "results" / run / "targets.json").read_text(encoding="utf-8")):
+        folders = re.findall(r"--output (results/\S+)", row["command"])
+        manifests = [json.loads((ROOT / f / "manifest.json").read_text()) for f in folders]
+        assert manifests[0]["environment"]["git"]["commit"] == row["commit"], row["name"]

@@ -49,13 +49,27 @@ def check_one_device(runs: Sequence[Run]) -> None:
         raise UsageError(f"The runs were made on different devices: {', '.join(map(str, devices))}")
 
 
-def judge(targets: Sequence[Target[M]], measured: M, runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Each target beside what the runs measured; commit and device are the first run's."""
-    git = runs[0].manifest["environment"].get("git") or {}
-    commands = dict.fromkeys(" ".join(told) for run in runs for told in _commands(run))
+def judge(
+    targets: Sequence[Target[M]], measured: M, runs: Sequence[Run], alone: Sequence[M] = ()
+) -> list[dict[str, Any]]:
+    """Each target beside what the runs measured.
+
+    Args:
+        measured: by all runs together.
+        alone: by each of them; a figure is told with commands and commit of the first that gives
+            it. One that none gives alone has the commands of all, and the first one's commit.
+    """
     rows = []
     for target in targets:
         figure, wanted = target.measure(measured), target.wanted(measured)
+        gave = [
+            run
+            for run, own in zip(runs, alone, strict=bool(alone))
+            if figure is not None and target.measure(own) == figure
+        ]
+        told = gave[:1] or runs
+        git = told[0].manifest["environment"].get("git") or {}
+        commands = dict.fromkeys(" ".join(line) for run in told for line in _commands(run))
         rows.append(
             {
                 "name": target.name,

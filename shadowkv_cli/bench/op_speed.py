@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from shadowkv_cli.bench import probes
 from shadowkv_cli.config import parse_token_count, split_list
 from shadowkv_cli.console import notice, print_json, print_table
+from shadowkv_cli.environment import PACKAGE_DIR, git_state
 from shadowkv_cli.methods.pinned import HostMemory
 from shadowkv_cli.ops import cases, compiled, layer_cases
 from shadowkv_cli.ops.cases import Arguments, Sizes
@@ -315,7 +316,9 @@ def main() -> None:
     rows, peaks = measure_all(sizes, reference=args.reference)
     name = torch.cuda.get_device_name()
     if args.json:
-        print_json({"device": name, **peaks, "context_length": tokens, "results": rows})
+        git = git_state(PACKAGE_DIR)
+        facts = {"device": name, "git": git, **peaks, "context_length": tokens}
+        print_json({**facts, "results": rows})
         return
     table = [
         [

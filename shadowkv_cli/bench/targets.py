@@ -15,6 +15,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -189,15 +190,17 @@ def _middle(values: list[float]) -> float | None:
 
 
 def compare(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Each target beside what the runs measured; commit and device are the first run's.
+    """Each target beside what the runs measured, with the command and commit of the one that did.
 
     Raises UsageError where there is no run, runs are of other devices, or the speeds of the ops are
     cut off.
     """
     runs = [read_run(folder) for folder in folders]
     check_one_device(runs)
-    rows = [row for run in runs for row in run.throughput if row["error"] is None]
-    return judge(TARGETS, Run(rows, _speeds_of_ops(folders[0])), runs)
+    by_run = [[row for row in run.throughput if row["error"] is None] for run in runs]
+    ops = _speeds_of_ops(folders[0])
+    alone = [Run(rows, [] if place else ops) for place, rows in enumerate(by_run)]
+    return judge(TARGETS, Run([*chain.from_iterable(by_run)], ops), runs, alone)
 
 
 def _speeds_of_ops(folder: Path) -> list[Row]:
