@@ -85,7 +85,7 @@ demo-smollm2: ## The same on real pretrained weights, SmolLM2-135M, which need n
 	$(SHADOWKV) models fetch smollm2
 	$(SHADOWKV) build-data ruler --tokenizer smollm2 --context-length 4k --num-samples $(SMOLLM2_SAMPLES) \
 		--tasks niah_single_1,niah_single_2,niah_multikey_1,niah_multivalue --output datasets/smollm2
-	$(SHADOWKV) sweep --model smollm2 --data datasets/smollm2 --max-new-tokens 40 --num-workers 2 --batch-size 4 \
+	$(SHADOWKV) sweep --model smollm2 --data datasets/smollm2 --max-new-tokens 40 --num-workers 2 --batch-size 6 \
 		--reuse-prefix \
 		--method full,shadowkv --method oracle:sparse_budget=128,chunk_size=8,outlier_chunks=auto \
 		--method random:sparse_budget=128,chunk_size=8,outlier_chunks=auto \

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import io
-from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shadowkv_cli.errors import ShadowKVError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG_DIR = Path(__file__).resolve().parent / "smollm2"
 WEIGHTS_SHA256 = "785e20b3e653276b0579b744214a1186d730ba80af04f397f642d6432e5e0154"
 """Of all weights in float32, in the order of their names."""
 
@@ -20,28 +22,48 @@ def convert(gguf: Path, target: Path) -> None:
     Raises ShadowKVError where the weights are not those that the project was measured with.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers import logging as transformers_logging
     from transformers.utils import logging as bars
 
     transformers_logging.set_verbosity_error()
     bars.disable_progress_bar()
-    source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
-    _split_digits(tokenizer)
-    with redirect_stderr(io.StringIO()):  # a bar of its own that nothing else turns off
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, dtype=torch.float32, **source
-        )
+    config = AutoConfig.from_pretrained(CONFIG_DIR)
+    with torch.device("meta"):  # nothing is drawn that weights would replace
+        model: Any = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(_weights(model, gguf), strict=False, assign=True)
+    model.tie_weights()
     _check_weights(model)
-    # They are no longer quantised, and transformers refuses to save a model that says it is.
-    del model.config.quantization_config
-    model.hf_quantizer, model.is_quantized = None, False
-    model.config._name_or_path = "smollm2"
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     model.save_pretrained(target)
-    tokenizer.model_max_length = model.config.max_position_embeddings
+    tokenizer = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, config=config, local_files_only=True
+    )
+    _split_digits(tokenizer)
+    tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(target)
+
+
+def _weights(model: Any, gguf: Path) -> dict[str, Tensor]:
+    """De-quantise the weights of a Llama from a GGUF file: float32, by their names in transformers.
+
+    transformers would read the file once more, and look all names up again for each module.
+    """
+    import torch
+    from gguf import MODEL_ARCH, GGUFReader, dequantize, get_tensor_name_map
+
+    config, weights = model.config, {}
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    stored = {tensor.name: tensor for tensor in GGUFReader(gguf).tensors}
+    for name, _ in model.named_parameters():
+        tensor = stored[names.get_name(name, (".weight",)) or name]
+        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
+        if (rotated := heads.get(name.split(".")[-2])) is not None:
+            # llama.cpp rotates neighbouring dimensions, transformers halves of a head.
+            weight = weight.unflatten(0, (rotated, -1, 2)).transpose(1, 2).flatten(0, 2)
+        weights[name] = weight
+    return weights
 
 
 def _split_digits(tokenizer: Any) -> None:

