@@ -8,7 +8,7 @@ trying, too (`rotary.is_interleaved`); a joint product is the same rows of the s
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 
 from shadowkv_cli import ops
 from shadowkv_cli.methods.tiles import is_long
+from shadowkv_cli.model.replacing import Forward, replaced
+from shadowkv_cli.model.residual import plain_layers
 from shadowkv_cli.model.rotary import attention_modules
 
-Forward = Callable[..., Any]
 JOINT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -132,6 +133,7 @@ class Fused:
 
     def __init__(self, model: PreTrainedModel, interleaved: bool) -> None:
         self.forwards: list[tuple[nn.Module, Forward]] = []
+        self.plain_layers = plain_layers(model)
         self.interleaved = interleaved
         self.family: Any = importlib.import_module(type(attention_modules(model)[0]).__module__)
         hidden = model.config.get_text_config().hidden_size
@@ -190,17 +192,3 @@ class Fused:
             self.family.apply_rotary_pos_emb = rotate
             stack.callback(setattr, self.family, "apply_rotary_pos_emb", theirs)
             yield
-
-
-@contextmanager
-def replaced(module: nn.Module, forward: Forward) -> Iterator[None]:
-    """Give a module another forward for a while."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before

@@ -81,11 +81,19 @@ def rotating_in_place(
 
 
 class LinearInto:
-    """A linear that writes its next output to memory that was offered, if it fits."""
+    """A linear that writes its next output to memory that was offered, or adds it to a stream."""
 
     def __init__(self, linear: nn.Linear) -> None:
         self.linear = linear
         self._room: Tensor | None = None
+        self._sum: Tensor | None = None
+
+    def add_to(self, stream: Tensor) -> None:
+        """What the next output is to be added to in place: [rows, 1, H], contiguous.
+
+        That sum is then the output. A linear with a bias leaves it as it is.
+        """
+        self._sum = stream
 
     def offer(self, room: Tensor) -> None:
         """Where an output [1, tokens, H] may go: [tokens, H]; it may be what the layer reads."""
@@ -93,7 +101,11 @@ class LinearInto:
 
     def forward(self, x: Tensor) -> Tensor:
         room, self._room = self._room, None
+        total, self._sum = self._sum, None
         weight, bias = self.linear.weight, self.linear.bias
+        if total is not None and bias is None:
+            total.view(-1, total.shape[-1]).addmm_(x.flatten(0, -2), weight.t())
+            return total
         if room is None or x.shape[:-1] != (1, room.shape[0]):
             return nn.functional.linear(x, weight, bias)
         if bias is None:

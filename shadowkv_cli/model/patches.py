@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.methods.tiles import is_long
-from shadowkv_cli.model.fused import Fused, replaced
+from shadowkv_cli.model.fused import Fused
 from shadowkv_cli.model.last_layer import last_mlp
 from shadowkv_cli.model.long_prompts import (
     LinearInto,
@@ -21,6 +21,8 @@ from shadowkv_cli.model.long_prompts import (
     tiled,
     tiled_in_place,
 )
+from shadowkv_cli.model.replacing import replaced
+from shadowkv_cli.model.residual import adding
 from shadowkv_cli.model.rotary import attention_modules, rotary_module
 
 ROTATION = "apply_rotary_pos_emb"
@@ -34,11 +36,15 @@ class Attends(Protocol):
     Attributes:
         context_tokens: that the token which is being run may attend to, itself included.
         fused: ops in place of the model's small kernels, or None.
+        is_decoding: whether rows are decoded, a token each or several.
         wants_last_token: that nobody looks at what the model says of others.
     """
 
     context_tokens: int
     fused: Fused | None
+
+    @property
+    def is_decoding(self) -> bool: ...
 
     @property
     def wants_last_token(self) -> bool: ...
@@ -128,12 +134,13 @@ def attached(model: PreTrainedModel, session: Attends) -> Iterator[None]:
         if session.fused is not None:
             stack.enter_context(session.fused.applied())
         fused = session.fused.modules if session.fused is not None else frozenset()
-        last = last_mlp(model)
+        last, downs = last_mlp(model), dict[nn.Module, LinearInto]()
         for name, module in model.named_modules():
             if name.split(".")[-1] == "mlp":
                 down = getattr(module, "down_proj", None)
                 into = LinearInto(down) if type(down) is nn.Linear else None
                 if into is not None:
+                    downs[module] = into
                     stack.enter_context(replaced(into.linear, into.forward))
                 ends = module is last
                 stack.enter_context(replaced(module, _mlp(module.forward, into, ends=ends)))
@@ -148,6 +155,11 @@ def attached(model: PreTrainedModel, session: Attends) -> Iterator[None]:
             if type(module.o_proj) is nn.Linear:
                 _outputs[module] = OutputProjection(module.o_proj)
                 stack.enter_context(replaced(module.o_proj, _outputs[module].forward))
+        for layer in session.fused.plain_layers if session.fused is not None else []:
+            out, down = _outputs.get(layer.self_attn), downs.get(layer.mlp)
+            if out is not None and down is not None:
+                forward = adding(layer, out, down, lambda: session.is_decoding)
+                stack.enter_context(replaced(layer, forward))
         model.set_attn_implementation(IMPLEMENTATION)
         _active = session
         try:

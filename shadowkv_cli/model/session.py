@@ -259,6 +259,10 @@ class Session:
         return torch.cat((keys, k), 2), torch.cat((values, v), 2)
 
     @property
+    def is_decoding(self) -> bool:
+        return self.phase != "prefill"
+
+    @property
     def wants_last_token(self) -> bool:
         """Whether nobody looks at what the model says of other tokens than the last."""
         return self.phase == "prefill"
