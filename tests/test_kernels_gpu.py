@@ -42,6 +42,14 @@ GRID = [
 SIZES = [*GRID, *(random_sizes(seed, device=DEVICE) for seed in range(16))]
 MANY_MISSES = Sizes(device=DEVICE, rows=8, heads=8, chunk_size=1, chunks=700, wanted=600, slots=800)
 """Of which a block of `fetch_values` from the host gets more than it finds at a time."""
+MANY_PLANES = Sizes(device=DEVICE, rows=260, prompts=5, heads=8, wanted=3, slots=4)
+"""Of which `fetch_values` cannot list the misses beside what a block copies in bulk."""
+IN_PIECES = [
+    Sizes(device=DEVICE, dim=96, pairs=48, chunk_size=8, rows=6, wanted=30, slots=40),
+    Sizes(device=DEVICE, dim=128, pairs=64, chunk_size=5, rows=6, wanted=30, slots=40, dtype=FP16),
+    Sizes(device=DEVICE, dim=64, chunk_size=16, rows=6, wanted=30, slots=40, dtype=FP32),
+]
+"""Of whose chunks the last piece that is copied in bulk is shorter, or not."""
 HIGH_RANKS = [
     Sizes(device=DEVICE, dim=128, pairs=64, rank=161, wanted=20, slots=30,
           poison=False),
@@ -290,7 +298,7 @@ def test_update_residency(sizes: Sizes) -> None:
             assert torch.equal(tables[key], theirs[key]), (sizes, step, key)
 
 
-@pytest.mark.parametrize("sizes", [*SIZES, MANY_MISSES], ids=case_name)
+@pytest.mark.parametrize("sizes", [*SIZES, MANY_MISSES, MANY_PLANES, *IN_PIECES], ids=case_name)
 @pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("fp8", [False, True])
 def test_fetch_values(sizes: Sizes, pinned: bool, fp8: bool) -> None:
@@ -554,6 +562,34 @@ def test_a_graph_serves_other_inputs(name: str, fp8: bool, dtype: torch.dtype) -
     found = [*returned, *(v for v in static.values() if isinstance(v, Tensor))]
     for a, b in zip(found, outputs(name, second), strict=True):
         assert same_bits(a, b), name
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_selections_that_follow_each_other_choose_the_same(fp8: bool, captured: bool) -> None:
+    """Each begins before the one before has ended."""
+    sizes = Sizes(rows=4, prompts=4, heads=8, dim=128, chunks=3000, wanted=60, fp8=fp8)
+    calls = [cases.select_arguments(replace(sizes, device=DEVICE, seed=seed)) for seed in range(6)]
+    expected = [kernel("select_chunks", arguments) for arguments in calls]
+    for place, arguments in enumerate(calls):
+        arguments["follows"] = place > 0
+
+    def all_of_them() -> list[torch.Tensor]:
+        return [kernel("select_chunks", arguments) for arguments in calls]
+
+    if captured:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = all_of_them()
+        for _ in range(20):
+            for ids in found:
+                ids.fill_(-7)
+            graph.replay()
+    else:
+        found = [ids for _ in range(20) for ids in all_of_them()][-len(calls) :]
+    for ids, wanted in zip(found, expected, strict=True):
+        assert torch.equal(ids, wanted)
 
 
 def test_a_graph_fetches_from_the_host() -> None:

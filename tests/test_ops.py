@@ -731,6 +731,7 @@ def op_arguments() -> dict[str, list]:
             ints([2, 1]),
             2,
             0.25,
+            False,
         ],
         "update_residency": [
             ids,

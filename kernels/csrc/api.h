@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor> build_landmarks(Tensor keys, int64_t chunk_size, int6
 
 Tensor select_chunks(Tensor query, Tensor landmarks, std::optional<Tensor> landmark_scales,
                      Tensor prompt_index, Tensor num_chunks, Tensor excluded, Tensor budget_chunks,
-                     int64_t max_chunks, double scale);
+                     int64_t max_chunks, double scale, bool follows);
 
 std::tuple<Tensor, Tensor, Tensor> update_residency(Tensor ids, Tensor step, Tensor chunk_of_slot,
                                                     Tensor last_used, Tensor slot_of_chunk);

@@ -6,6 +6,7 @@
 #include "common/dispatch.h"
 #include "common/misses.h"
 #include "common/stream.h"
+#include "fetch_bulk.cuh"
 
 namespace shadowkv {
 
@@ -14,6 +15,10 @@ namespace {
 /// Enough to fill the bus, and few enough that the other processors work on something else.
 constexpr int HOST_BLOCKS = 32;
 constexpr int COPY_BLOCKS_A_PROCESSOR = 4;
+/// The same for blocks that copy in bulk.
+constexpr int BULK_BLOCKS = 32;
+/// So that a block finds room on a processor beside three of select_chunks.
+constexpr size_t MOST_BULK_BYTES = 24 * 1024;
 /// Rows times heads whose misses are counted in shared memory: 160 KiB.
 constexpr int64_t MOST_PLANES = 40 * 1024;
 
@@ -41,6 +46,18 @@ void launch_words(int64_t bytes, const Launch& launch) {
   } else {
     launch(copy_chunks<unsigned char, T>);
   }
+}
+
+/// Copy in bulk; false where the GPU can't, or so many rows and heads leave no room to share.
+template <typename T>
+bool launch_bulk(const FetchParams& p, const Device& device) {
+  constexpr auto kernel = fetch_in_bulk<T>;
+  const size_t bytes = bulk_bytes(p.planes);
+  if (bytes > MOST_BULK_BYTES || device.architecture(kernel) < 90) return false;
+  device.allow_shared(kernel, MOST_BULK_BYTES);
+  kernel<<<BULK_BLOCKS, BULK_THREADS, bytes, device.stream()>>>(p);
+  device.check_launch();
+  return true;
 }
 
 }  // namespace
@@ -104,6 +121,17 @@ void fetch_values(Tensor values, std::optional<Tensor> scales, Tensor prompt_ind
     if (source % bytes == 0 && target % piece == 0) word = bytes;
   }
   p.words = static_cast<int>(chunk_bytes / word);
+  if (!values.is_cuda() && word == 16) {
+    bool done = false;
+    if (scales) {
+      dispatch_dtype(op, buffer.scalar_type(), [&](auto type) {
+        done = launch_bulk<typename decltype(type)::type>(p, device);
+      });
+    } else {
+      done = launch_bulk<uint8_t>(p, device);
+    }
+    if (done) return;
+  }
   const int blocks = values.is_cuda() ? device.processors() * COPY_BLOCKS_A_PROCESSOR : HOST_BLOCKS;
   const size_t shared = (planes + 1) * sizeof(int);
   auto launch = [&](auto kernel) {

@@ -12,8 +12,8 @@ namespace {
 /// Keys of so many chunks stay in shared memory: 160 KiB.
 constexpr int64_t MOST_SHARED_CHUNKS = 40 * 1024;
 
-/// A block of a cluster takes at most so much, so that two fit a processor of any GPU with clusters.
-constexpr size_t MOST_CLUSTER_BYTES = 96 * 1024;
+/// A block of a cluster takes at most so much, so that two fit a processor of an H100.
+constexpr size_t MOST_CLUSTER_BYTES = 112 * 1024;
 
 void check_contiguous(const char* op, const char* name, const Tensor& t) {
   int64_t step = 1;
@@ -64,45 +64,52 @@ void launch_best(const SelectParams& p, int64_t rows, const Device& device) {
 
 /// False where the GPU has no clusters, or no code for them was compiled.
 template <typename T, typename Stored, int D, int HALVES>
-bool launch_cluster(const SelectParams& p, int64_t rows, size_t bytes, const Device& device) {
+bool launch_cluster(const SelectParams& p, int64_t rows, size_t bytes, bool follows,
+                    const Device& device) {
   constexpr auto kernel = select_in_cluster<T, Stored, D, HALVES>;
-  if (device.architecture(kernel) < 90) return false;
-  device.allow_shared(kernel, MOST_CLUSTER_BYTES);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = CLUSTER_BLOCKS;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  if (device.architecture(kernel) < 90 || bytes > device.most_shared()) return false;
+  device.allow_shared(kernel, bytes);
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = CLUSTER_BLOCKS;
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(CLUSTER_BLOCKS, p.heads, rows);
   config.blockDim = dim3(CLUSTER_THREADS);
   config.dynamicSmemBytes = bytes;
   config.stream = device.stream();
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = follows ? 2 : 1;
   check_cuda(cudaLaunchKernelEx(&config, kernel, p), "select_chunks");
   return true;
 }
 
 /// Select in one kernel; false where that takes what is not there: clusters, 16-bit queries, 1, 2 or
-/// 4 landmarks a chunk, and logits that fit shared memory.
+/// 4 landmarks a chunk that lie at multiples of 16 bytes, and logits that fit shared memory.
 template <typename T, int D>
-bool select_at_once(SelectParams& p, int64_t rows, const Device& device) {
+bool select_at_once(SelectParams& p, int64_t rows, bool follows, const Device& device) {
   if constexpr (sizeof(T) == 4) {
     return false;
   } else {
     if (p.chunks > MOST_CLUSTER_CHUNKS) return false;
     if (p.per_chunk != 1 && p.per_chunk != 2 && p.per_chunk != 4) return false;
+    const int64_t size = p.scales ? 1 : sizeof(T);
+    const int64_t places = reinterpret_cast<int64_t>(p.landmarks) | p.landmark_prompt * size |
+                           p.landmark_head * size;
+    if (places % 16 != 0) return false;  // They are copied in bulk.
     // Query heads lie in banks of their own.
     p.share_stride = ceil_div(cluster_share(p.chunks), 32) * 32 + 8;
     const size_t bytes =
         sizeof(ClusterRoom) + static_cast<size_t>(p.group) * p.share_stride * sizeof(float);
     if (bytes > MOST_CLUSTER_BYTES) return false;
     if (p.group > 8) {
-      return p.scales ? launch_cluster<T, Fp8, D, 2>(p, rows, bytes, device)
-                      : launch_cluster<T, T, D, 2>(p, rows, bytes, device);
+      return p.scales ? launch_cluster<T, Fp8, D, 2>(p, rows, bytes, follows, device)
+                      : launch_cluster<T, T, D, 2>(p, rows, bytes, follows, device);
     }
-    return p.scales ? launch_cluster<T, Fp8, D, 1>(p, rows, bytes, device)
-                    : launch_cluster<T, T, D, 1>(p, rows, bytes, device);
+    return p.scales ? launch_cluster<T, Fp8, D, 1>(p, rows, bytes, follows, device)
+                    : launch_cluster<T, T, D, 1>(p, rows, bytes, follows, device);
   }
 }
 
@@ -110,7 +117,7 @@ bool select_at_once(SelectParams& p, int64_t rows, const Device& device) {
 
 Tensor select_chunks(Tensor query, Tensor landmarks, std::optional<Tensor> landmark_scales,
                      Tensor prompt_index, Tensor num_chunks, Tensor excluded, Tensor budget_chunks,
-                     int64_t max_chunks, double scale) {
+                     int64_t max_chunks, double scale, bool follows) {
   constexpr const char* op = "select_chunks";
   check_sizes(query, op, "query", {-1, -1, -1});
   const int64_t rows = query.size(0), q_heads = query.size(1), dim = query.size(2);
@@ -160,7 +167,7 @@ Tensor select_chunks(Tensor query, Tensor landmarks, std::optional<Tensor> landm
   bool done = false;
   dispatch(op, query.scalar_type(), dim, [&](auto type, auto head_dim) {
     using T = typename decltype(type)::type;
-    done = select_at_once<T, decltype(head_dim)::value>(p, rows, device);
+    done = select_at_once<T, decltype(head_dim)::value>(p, rows, follows, device);
   });
   if (done) return ids;
 

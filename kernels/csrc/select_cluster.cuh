@@ -57,9 +57,9 @@ template <typename T, typename Stored, int D, int HALVES>
 __global__ void __launch_bounds__(CLUSTER_THREADS, HALVES == 1 ? 3 : 2)
     select_in_cluster(const __grid_constant__ SelectParams p) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  extern __shared__ __align__(16) char shared[];
-  ClusterRoom& room = *reinterpret_cast<ClusterRoom*>(shared);
-  float* scores = reinterpret_cast<float*>(shared + sizeof(ClusterRoom));
+  extern __shared__ __align__(128) char cluster_shared[];
+  ClusterRoom& room = *reinterpret_cast<ClusterRoom*>(cluster_shared);
+  float* scores = reinterpret_cast<float*>(cluster_shared + sizeof(ClusterRoom));
   const int64_t r = blockIdx.z, head = blockIdx.y, plane = r * p.heads + head;
   const int64_t prompt = p.prompt_index[r];
   const int count = max(min(p.num_chunks[r], p.chunks), 0);
@@ -67,17 +67,15 @@ __global__ void __launch_bounds__(CLUSTER_THREADS, HALVES == 1 ? 3 : 2)
   const int share = cluster_share(count), rank = cluster_rank();
   const int first = min(rank * share, count), chunks = min(share, count - first);
 
-  clear_bins(room);
-  if (threadIdx.x == 0) room.placed = 0;
   const int64_t first_landmark = static_cast<int64_t>(first) * p.per_chunk;
   score_share<T, Stored, D, HALVES>(
       p, static_cast<const T*>(p.query) + plane * p.group * D,
       static_cast<const Stored*>(p.landmarks) + prompt * p.landmark_prompt +
           head * p.landmark_head + first_landmark * D,
       p.scales + (p.scales ? prompt * p.scale_prompt + head * p.scale_head + first_landmark : 0),
-      p.excluded + r * p.excluded_row + head * p.excluded_head + first, chunks, scores,
-      room.of_warps);
+      p.excluded + r * p.excluded_row + head * p.excluded_head + first, chunks, scores, room);
   __syncthreads();
+  start_following();  // Its landmarks are read while this one ranks its chunks.
   if (threadIdx.x < p.group) {
     Softmax softmax;
     for (int w = 0; w < CLUSTER_WARPS; ++w) {
@@ -86,6 +84,8 @@ __global__ void __launch_bounds__(CLUSTER_THREADS, HALVES == 1 ? 3 : 2)
     }
     room.totals[threadIdx.x] = make_float2(softmax.highest, softmax.total);
   }
+  clear_bins(room);
+  if (threadIdx.x == 0) room.placed = 0;
   cluster_sync();
 
   find_cluster_norms(room, p.group);

@@ -4,12 +4,21 @@
 #include "common/block.cuh"
 #include "common/cluster.cuh"
 #include "select_order.cuh"
+#include "select_params.h"
 
 namespace shadowkv {
 
-struct alignas(16) ClusterRoom {
+struct CutRoom {
   uint32_t bins[SELECT_BINS / 2];  // two counts of 16 bits a word
   uint2 tied[MOST_TIED];           // key and id, rank by rank: first a block's own, then all
+};
+
+struct alignas(128) ClusterRoom {
+  union {
+    char ring[CLUSTER_RING_BYTES];  // landmarks on their way, first
+    CutRoom cut;                    // then what finds the last key
+  };
+  uint64_t barriers[CLUSTER_THREADS / 32][CLUSTER_STAGES];
   uint64_t scan[33];
   float2 totals[MAX_QUERY_GROUP], of_warps[CLUSTER_THREADS / 32][MAX_QUERY_GROUP];
   float norms[MAX_QUERY_GROUP], peaks[MAX_QUERY_GROUP];
@@ -30,12 +39,12 @@ __device__ inline void set_key(float* scores, int c, uint32_t key) {
 }
 
 __device__ inline void clear_bins(ClusterRoom& room) {
-  for (int i = threadIdx.x; i < SELECT_BINS / 2; i += CLUSTER_THREADS) room.bins[i] = 0;
+  for (int i = threadIdx.x; i < SELECT_BINS / 2; i += CLUSTER_THREADS) room.cut.bins[i] = 0;
 }
 
 /// Counts of 16 bits: a row has at most MOST_CLUSTER_CHUNKS.
 __device__ inline void count_in_bin(ClusterRoom& room, int bin) {
-  atomicAdd(&room.bins[bin / 2], bin % 2 ? 1u << 16 : 1u);
+  atomicAdd(&room.cut.bins[bin / 2], bin % 2 ? 1u << 16 : 1u);
 }
 
 __device__ inline int count_of(uint32_t two, int bin) {
@@ -48,7 +57,7 @@ __device__ inline int find_cluster_bin(ClusterRoom& room, int rank, int& wanted)
   uint32_t of_all[OWN_BINS / 2] = {}, of_lower[OWN_BINS / 2] = {};  // two sums a word, too
 #pragma unroll
   for (int r = 0; r < CLUSTER_BLOCKS; ++r) {
-    const uint4 four = reinterpret_cast<const uint4*>(of_rank(room.bins, r))[threadIdx.x];
+    const uint4 four = reinterpret_cast<const uint4*>(of_rank(room.cut.bins, r))[threadIdx.x];
     const uint32_t words[OWN_BINS / 2] = {four.x, four.y, four.z, four.w};
 #pragma unroll
     for (int i = 0; i < OWN_BINS / 2; ++i) {
@@ -90,7 +99,7 @@ __device__ inline int cut_by_list(ClusterRoom& room, int rank, const float* scor
   const int all = room.in_bin, begin = room.in_bin_before;
   if (threadIdx.x < 32) {  // While other warps look for the keys.
     const int r = threadIdx.x % CLUSTER_BLOCKS;
-    int end = count_of(of_rank(room.bins, r)[room.bin / 2], room.bin);
+    int end = count_of(of_rank(room.cut.bins, r)[room.bin / 2], room.bin);
 #pragma unroll
     for (int step = 1; step < CLUSTER_BLOCKS; step *= 2) {
       const int before = __shfl_up_sync(ALL_LANES, end, step);
@@ -102,7 +111,7 @@ __device__ inline int cut_by_list(ClusterRoom& room, int rank, const float* scor
     const uint32_t key = key_at(scores, c);
     if (key && bin_of(best, score_of(key)) == room.bin) {
       const int place = begin + atomicAdd(&room.placed, 1);
-      room.tied[place] = make_uint2(key, static_cast<uint32_t>(first + c));
+      room.cut.tied[place] = make_uint2(key, static_cast<uint32_t>(first + c));
     }
   }
   cluster_sync();
@@ -110,15 +119,15 @@ __device__ inline int cut_by_list(ClusterRoom& room, int rank, const float* scor
     int owner = 0;
 #pragma unroll
     for (int r = 0; r < CLUSTER_BLOCKS - 1; ++r) owner += room.ends[r] <= i;
-    if (owner != rank) room.tied[i] = of_rank(room.tied, owner)[i];
+    if (owner != rank) room.cut.tied[i] = of_rank(room.cut.tied, owner)[i];
   }
   cluster_arrive();
   __syncthreads();
   for (int i = threadIdx.x; i < all; i += CLUSTER_THREADS) {
-    const uint2 one = room.tied[i];
+    const uint2 one = room.cut.tied[i];
     int ahead = room.above;
     for (int j = 0; j < all; ++j) {
-      const uint2 other = room.tied[j];
+      const uint2 other = room.cut.tied[j];
       ahead += other.x > one.x || (other.x == one.x && other.y < one.y);
     }
     if (ahead == wanted - 1) room.cut_key = one.x, room.cut_id = static_cast<int>(one.y);
@@ -126,7 +135,7 @@ __device__ inline int cut_by_list(ClusterRoom& room, int rank, const float* scor
   __syncthreads();
   int in_lower = 0;
   for (int i = threadIdx.x; i < begin; i += CLUSTER_THREADS) {
-    const uint2 one = room.tied[i];
+    const uint2 one = room.cut.tied[i];
     in_lower += one.x > room.cut_key ||
                 (one.x == room.cut_key && static_cast<int>(one.y) <= room.cut_id);
   }

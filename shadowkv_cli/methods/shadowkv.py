@@ -74,6 +74,7 @@ class ShadowKVGroup(SparseGroup):
             self.budget_chunks,
             self.max_chunks,
             scale,
+            self.follows,
         )
 
     def load_values(self, layer: int, placed: Placed) -> None:

@@ -117,6 +117,8 @@ class SparseGroup(Group):
         self._to_count: list[tuple[Tensor, Tensor, Tensor]] = []
         self.stream: SideStream | None = None
         """Where a lane attends beside the others."""
+        self.follows = False
+        """Whether this is a lane that selects right after another, on the stream of both."""
         self.key_stream: SideStream | None = None
         """Where keys are rebuilt beside the values' fetch; None: one after the other."""
         self._parts: list[SparseGroup] = []
@@ -211,7 +213,11 @@ class SparseGroup(Group):
         return space[:, :, self.fixed :].unflatten(2, (-1, self.chunk_size))
 
     def attend_token(self, layer: int, q: Tensor, scale: float) -> Tensor:
-        """Attend lane by lane: while one lane waits for its values, the next ones select."""
+        """Attend lane by lane: while one lane waits for its values, the next ones select.
+
+        All select on one stream, each while the one before ranks its chunks; then each goes on
+        beside the others.
+        """
         if not self.max_chunks:
             none = self.seen.new_empty(len(self.rows), self.shape.num_kv_heads, 0)
             return self._attend_slots(layer, q, none, none, scale)
@@ -220,8 +226,9 @@ class SparseGroup(Group):
         parts = zip(self.lanes, selecting.split(sizes), q.split(sizes), strict=True)
         outputs, joins = [], []
         for lane, selecting_part, part in parts:
+            ids = lane.select(layer, selecting_part, scale)
             with beside(lane.stream) as there:
-                outputs.append(lane._attend_chunks(layer, selecting_part, part, scale))
+                outputs.append(lane._attend_chunks(layer, ids, part, scale))
             joins.append(there)
         for join in joins:
             join.wait()
@@ -230,9 +237,8 @@ class SparseGroup(Group):
             self._to_count.append((counter, values.ids, values.miss_counts))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _attend_chunks(self, layer: int, selecting: Tensor, q: Tensor, scale: float) -> Tensor:
-        """Select chunks, bring them to the buffers, and attend: [R, Hq, D] to the same."""
-        ids = self.select(layer, selecting, scale)
+    def _attend_chunks(self, layer: int, ids: Tensor, q: Tensor, scale: float) -> Tensor:
+        """Bring the selected chunks to the buffers, and attend: [R, Hq, D] to the same."""
         values = self._place(self.value_tables[layer], ids)
         with beside(self.key_stream) as keys_there:
             keys = values if self.one_table else self._place(self.key_tables[layer], ids)
@@ -274,12 +280,13 @@ class SparseGroup(Group):
         self._parts = [self.subset(rows[first : first + size]) for first in rows[::size]]
         if self.key_stream is None:
             return
-        # What the first lane can do goes before all that later ones can do.
+        # What the first lane can do goes before all that later ones can do, their selection last.
         device, last = self.store.device, len(self._parts) - 1
         for place, lane in enumerate(self._parts):
             lane.stream, lane.key_stream = (
-                SideStream(device, priority=place - last) for _ in range(2)
+                SideStream(device, priority=place - last - 1) for _ in range(2)
             )
+            lane.follows = place > 0
 
     @property
     def lanes(self) -> Sequence[SparseGroup]:

@@ -189,6 +189,7 @@ def select_arguments(s: Sizes) -> Arguments:
         "budget_chunks": s.ints(g, 0, s.wanted, s.rows),
         "max_chunks": s.wanted,
         "scale": s.dim**-0.5,
+        "follows": False,
     }
 
 

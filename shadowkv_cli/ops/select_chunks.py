@@ -108,6 +108,7 @@ def _reference(
     budget_chunks: Tensor,
     max_chunks: int,
     scale: float,
+    follows: bool,
 ) -> Tensor:
     heads, chunks = landmarks.shape[1:3]
     op, q_heads = "select_chunks", query.shape[1]
@@ -136,6 +137,7 @@ def _fake(
     budget_chunks: Tensor,
     max_chunks: int,
     scale: float,
+    follows: bool,
 ) -> Tensor:
     shape = (query.shape[0], landmarks.shape[1], max_chunks)
     return query.new_empty(shape, dtype=torch.int32)
@@ -143,8 +145,8 @@ def _fake(
 
 define(
     "select_chunks(Tensor query, Tensor landmarks, Tensor? landmark_scales, Tensor prompt_index, "
-    "Tensor num_chunks, Tensor excluded, Tensor budget_chunks, int max_chunks, float scale) "
-    "-> Tensor",
+    "Tensor num_chunks, Tensor excluded, Tensor budget_chunks, int max_chunks, float scale, "
+    "bool follows) -> Tensor",
     _reference,
     _fake,
 )
@@ -160,6 +162,7 @@ def select_chunks(
     budget_chunks: Tensor,
     max_chunks: int,
     scale: float,
+    follows: bool = False,
 ) -> Tensor:
     """Select the chunks whose landmarks draw most attention (paper, Algorithm 2).
 
@@ -175,6 +178,9 @@ def select_chunks(
         budget_chunks: int32 [R], chunks wanted.
         max_chunks: N, the most that any row wants.
         scale: of the logits.
+        follows: that the kernel before on the stream is another selection, none of whose outputs
+            is read here: this one may begin when that one has read its landmarks. It selects the
+            same.
 
     Returns:
         int32 [R, Hk, N]: unique ids in ascending order, then -1 where fewer were wanted or exist.
@@ -189,6 +195,7 @@ def select_chunks(
         budget_chunks,
         max_chunks,
         scale,
+        follows,
     )
     if not compiled.serves(query, query.shape[-1], group=query.shape[1] // landmarks.shape[1]):
         return _reference(*arguments)

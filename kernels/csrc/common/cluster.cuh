@@ -35,4 +35,10 @@ __device__ const T* of_rank(const T* own, int rank) {
   return reinterpret_cast<const T*>(there);
 }
 
+/// A kernel that was launched to follow this one on its stream may begin when every block was here.
+/// It does not wait for what this one writes.
+__device__ inline void start_following() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
 }  // namespace shadowkv

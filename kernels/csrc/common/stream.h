@@ -43,6 +43,13 @@ class Device {
     return count;
   }
 
+  /// Bytes of shared memory that a block may have at most.
+  size_t most_shared() const {
+    int bytes = 0;
+    check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index_), op_);
+    return static_cast<size_t>(bytes);
+  }
+
   /// Architecture (80, 90) for which the code of a kernel that this GPU takes was written.
   template <typename Kernel>
   int architecture(Kernel kernel) const {
@@ -53,9 +60,14 @@ class Device {
 
   void check_launch() const { check_cuda(cudaGetLastError(), op_); }
 
-  /// Let a kernel use that many bytes of dynamic shared memory (over 48 KiB only on request).
+  /// Let a kernel use that many bytes of dynamic shared memory (over 48 KiB only on request), and run
+  /// where as much of a processor's memory is shared as can be: it is divided anew only when nothing
+  /// runs there, so that kernels of other divisions would wait for each other.
   template <typename Kernel>
   void allow_shared(Kernel kernel, size_t bytes) const {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared),
+               op_);
     if (bytes > 48 * 1024) {
       check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(bytes)),

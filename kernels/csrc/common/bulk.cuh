@@ -1,0 +1,78 @@
+// Copies that the memory system makes by itself (compute capability 9.0): a thread says what goes
+// where, and hears of it through a barrier in shared memory. Addresses and sizes are multiples of 16.
+#pragma once
+
+#include "matrix.cuh"
+
+namespace shadowkv {
+
+/// What this thread did to shared memory comes before the copies that it begins from here on.
+__device__ inline void fence_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+/// A barrier that one `load_bulk` at a time completes.
+__device__ inline void init_barrier(uint64_t* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+  fence_bulk();
+}
+
+/// Whether the barrier's phase of this parity, 0 and 1 in turns, is complete; it may wait a while.
+__device__ inline bool is_complete(uint64_t* barrier, uint32_t parity) {
+  uint32_t complete;
+  asm volatile(
+      "{\n\t.reg .pred done;\n\t"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n\t"
+      "selp.u32 %0, 1, 0, done;\n\t}"
+      : "=r"(complete)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return complete != 0;
+}
+
+/// Of the next phase: it is complete when so many bytes are there.
+__device__ inline void expect_bytes(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+
+/// Begin to read bytes of global memory, or of pinned host memory, into shared memory.
+__device__ inline void load_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+  expect_bytes(barrier, bytes);
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
+/// The same with a policy for the cache.
+__device__ inline void load_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
+                                 uint64_t policy) {
+  expect_bytes(barrier, bytes);
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
+}
+
+/// Begin to write bytes of shared memory to global memory.
+__device__ inline void store_bulk(void* to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
+               "r"(shared_address(from)), "r"(bytes)
+               : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+/// Wait until the shared memory that this thread's stores read may be written again.
+__device__ inline void wait_until_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+/// Wait until this thread's stores are done.
+__device__ inline void wait_until_stored() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+}  // namespace shadowkv
