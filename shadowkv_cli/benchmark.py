@@ -124,10 +124,13 @@ def benchmark(config: BenchConfig) -> tuple[Path, int]:
     check_place(config.output)
     loaded = load_model(config.model)
     loaded.check(list(config.specs), max(config.settings.context_lengths))
+    probe = None
     if loaded.device.type == "cuda":
-        stored_or_measured(loaded.device, [loaded.dtype])  # stands in the manifest, and for plans
+        # It stands in the manifest, too.
+        probe = stored_or_measured(loaded.device, [loaded.dtype])
     before = measured_before(config.output, config.fresh)
-    cases = make_cases(config.specs, config.settings, Room(loaded.shape, loaded.device), before)
+    room = Room(loaded.shape, loaded.device, weight_bytes=loaded.weight_bytes, probe=probe)
+    cases = make_cases(config.specs, config.settings, room, before)
     identity = bench_identity(loaded, config.model, config.settings)
     notes, flags = model_notes(loaded)
     prompts = None

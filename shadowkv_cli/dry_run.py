@@ -291,7 +291,8 @@ def describe_batches(config: BenchConfig) -> Plan:
 
     settings, device = config.settings, resolve_device(config.model.device)
     facts, probe = _model(config.model, config.specs, max(settings.context_lengths))
-    room = Room(facts.shape, device, still_to_load=facts.weight_bytes)
+    weights = facts.weight_bytes
+    room = Room(facts.shape, device, still_to_load=weights, weight_bytes=weights, probe=probe)
     rows, lines = [], []
     for case in make_cases(config.specs, settings, room):
         items = planner.memory_items(
@@ -308,6 +309,7 @@ def describe_batches(config: BenchConfig) -> Plan:
                 case.batch_size,
                 hit_rate=case.hit_rate if case.hit_rate is not None else ASSUMED_HITS,
                 lanes=case.lanes,
+                micro_batches=case.micro_batches,
             )
         rows.append(
             {
@@ -315,6 +317,8 @@ def describe_batches(config: BenchConfig) -> Plan:
                 "context_length": case.context_length,
                 "batch_size": case.batch_size,
                 "resident_layers": case.resident_layers,
+                "lanes": case.lanes,
+                "micro_batches": case.micro_batches,
                 "device_bytes": {item.name: item.device for item in items if item.device},
                 "host_bytes": {item.name: item.host for item in items if item.host},
                 "phase_ms": phases,
@@ -333,6 +337,8 @@ def describe_batches(config: BenchConfig) -> Plan:
             lines.append(f"  pinned host memory: {held}")
         if phases:
             shown = ", ".join(f"{k} {v:.2f}" for k, v in phases.items() if k != "step")
+            if case.micro_batches > 1:
+                shown += f"; in {case.micro_batches} micro-batches of {case.lanes} lanes"
             speed = case.batch_size / phases["step"] * 1e3
             lines.append(f"  step: {phases['step']:.1f} ms ({shown}); {speed:,.0f} tokens/s")
     if device.type == "cpu":

@@ -81,11 +81,11 @@ class EvalConfig:
             )
 
 
-def parse_lanes(values: Sequence[str] | None) -> tuple[int, ...]:
-    """Read numbers of lanes. Raises UsageError for anything else."""
+def parse_parts(values: Sequence[str] | None, what: str) -> tuple[int, ...]:
+    """Read numbers of `lanes` or `micro-batches`. Raises UsageError for anything else."""
     for text in split_list(values or []):
         if not text.isdecimal():
-            raise UsageError(f"--lanes '{text}' is no number of lanes: write one like 2.")
+            raise UsageError(f"--{what} '{text}' is no number of {what}: write one like 2.")
     return tuple(map(int, split_list(values or [])))
 
 
@@ -126,11 +126,14 @@ class BenchSettings:
         state: random keys and values; or a real prefill of random tokens, or of prompts.
         share: cells of one length and batch read one copy of the prompts' data.
         hit_rates: that cells which fetch are driven to, by queries that drift; None: as it comes.
-        lanes: parts of a batch whose fetches overlap, each tried; none: by the number of rows.
+        lanes: parts of a micro-batch whose fetches overlap, each tried; none: by the number of
+            rows.
+        micro_batches: parts of a batch that go through the layers one behind the other, each
+            number tried; none: as many as are foretold to be faster, or 1 where `lanes` are given.
         graphs: whether a step is one CUDA graph, each tried; none: on a GPU it is.
         eager_baseline: time full attention in transformers' own forward, too.
-        one_at_a_time: other lanes and graphs than the first only of a method's first cell, and one
-            of the two at a time.
+        one_at_a_time: other micro-batches, lanes and graphs than the first only of a method's first
+            cell, and one of the three at a time.
     """
 
     context_lengths: tuple[int, ...]
@@ -143,6 +146,7 @@ class BenchSettings:
     backend: AttentionBackend = "auto"
     hit_rates: tuple[float | None, ...] = (None,)
     lanes: tuple[int, ...] = ()
+    micro_batches: tuple[int, ...] = ()
     graphs: tuple[bool, ...] = ()
     eager_baseline: bool = False
     one_at_a_time: bool = False
@@ -153,9 +157,10 @@ class BenchSettings:
             if value < least:
                 option = "--" + name.replace("_", "-")
                 raise UsageError(f"{option} must be at least {least}, not {value}.")
-        for count in self.lanes:
-            if count < 1:
-                raise UsageError(f"--lanes must be at least 1, not {count}.")
+        for what, counts in (("lanes", self.lanes), ("micro-batches", self.micro_batches)):
+            for count in counts:
+                if count < 1:
+                    raise UsageError(f"--{what} must be at least 1, not {count}.")
         for rate in self.hit_rates:
             if rate is not None and not 0 < rate < 1:
                 raise UsageError(f"--hit-rate must lie between 0 and 1, not be {rate}.")
@@ -207,8 +212,12 @@ class BenchConfig:
         if any(rate is not None for rate in self.settings.hit_rates) and not shadow:
             raise UsageError("--hit-rate drives what shadowkv selects: add it to --method.")
         on_host = [spec for spec in shadow if spec.value_placement == "host"]
-        if self.settings.lanes and not on_host:
-            raise UsageError("--lanes overlap fetches from the host: add --value-placement host.")
+        parts = (("lanes", self.settings.lanes), ("micro-batches", self.settings.micro_batches))
+        for what, given in parts:
+            if given and not on_host:
+                raise UsageError(
+                    f"--{what} overlap fetches from the host: add --value-placement host."
+                )
         if self.settings.eager_baseline and self.settings.state == "prompts":
             raise UsageError(
                 "--eager-baseline needs prompts of one length, which those of data are not: use "

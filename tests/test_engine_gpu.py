@@ -339,6 +339,113 @@ def test_a_session_that_nobody_wants_goes_before_a_capture_or_after_it() -> None
 
 
 @pytest.mark.parametrize("captures", [True, False])
+def in_parts_session(dtype: torch.dtype, rows: int, buffer: int = 2) -> Session:
+    """A filled session of one cell that fetches from the host."""
+    settings = SMALL | {"value_placement": "host", "value_buffer": str(buffer)}
+    session = Session(
+        on_gpu("llama", dtype), build_specs(["shadowkv"], settings), prompt_tokens=512,
+        new_tokens=40, num_prompts=rows, merge_cells=False,
+    )  # fmt: skip
+    fill_synthetic(session, [512 - 16 * row for row in range(rows)])
+    return session
+
+
+def steps_of(session: Session, tokens: torch.Tensor) -> tuple[torch.Tensor, object]:
+    """Logits [steps, R, V] of given tokens from the end of the prefill, and what was counted."""
+    session.reset()
+    rows, found = len(session.batch), []
+    with session.attached():
+        for token in tokens:
+            found.append(session.next_tokens(token.expand(rows)).logits.clone())
+    audits = [session.audit(row, len(tokens)) for row in range(rows)]
+    return torch.stack(found), (audits, session.hit_rate(2, len(tokens)))
+
+
+@pytest.mark.parametrize("rows", [5, 8])
+def test_captured_micro_batches_give_the_bits_of_the_same_op_by_op(rows: int) -> None:
+    session = in_parts_session(torch.bfloat16, rows)
+    [spec] = session.specs
+    tokens = torch.tensor(prompt_of(40, seed=2), device="cuda")
+    session.focus(spec, captures=False, micro_batches=2)
+    expected, counted = steps_of(session, tokens)
+    assert not session.is_captured
+    for lanes, captures in itertools.product((1, 2, 3), (True, False)):
+        session.focus(spec, lanes=lanes, captures=captures, micro_batches=2)
+        for again in range(3):  # a graph is replayed after a reset
+            logits, own = steps_of(session, tokens)
+            case = (lanes, captures, again)
+            assert session.is_captured is captures, case
+            assert torch.equal(logits, expected), case
+            assert own == counted, case
+
+
+@pytest.mark.parametrize("micro_batches", [2, 3])
+def test_micro_batches_decode_what_all_rows_decode_at_once(micro_batches: int) -> None:
+    session = in_parts_session(torch.float32, 5)
+    [spec] = session.specs
+    tokens = torch.tensor(prompt_of(40, seed=2), device="cuda")
+    session.focus(spec, captures=False)
+    expected, counted = steps_of(session, tokens)
+    for lanes, captures in itertools.product((1, 2), (True, False)):
+        session.focus(spec, lanes=lanes, captures=captures, micro_batches=micro_batches)
+        logits, own = steps_of(session, tokens)
+        assert torch.allclose(logits, expected, atol=1e-3), (lanes, captures)
+        assert own == counted, (lanes, captures)
+    session.focus(spec, captures=True)
+    assert torch.equal(steps_of(session, tokens)[0], expected), "all at once again"
+
+
+def test_graphs_of_one_and_of_two_micro_batches_come_and_go() -> None:
+    session = in_parts_session(torch.bfloat16, 4)
+    [spec] = session.specs
+    tokens = torch.tensor(prompt_of(10, seed=2), device="cuda")
+    found: dict[int, torch.Tensor] = {}
+    for micro_batches in (1, 2) * 4:
+        session.focus(spec, lanes=2, micro_batches=micro_batches)
+        logits, _ = steps_of(session, tokens)
+        assert session.is_captured
+        assert torch.equal(logits, found.setdefault(micro_batches, logits))
+        gc.collect()
+
+
+def test_a_layer_that_fails_in_a_micro_batch_leaves_the_device_in_order() -> None:
+    session = in_parts_session(torch.bfloat16, 4)
+    [spec] = session.specs
+    tokens = torch.tensor(prompt_of(6, seed=2), device="cuda")
+    session.focus(spec, micro_batches=2)
+    expected, _ = steps_of(session, tokens)
+    session.focus(spec, micro_batches=2)
+    _, last = session.batch.parts[1]
+    calls, select = [], last.select
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) > session.loaded.shape.num_layers:  # while the step is captured
+            raise ShadowKVError("no room")
+        return select(*args)
+
+    last.select = failing
+    with pytest.raises(ShadowKVError, match="no room"):
+        steps_of(session, tokens)
+    session.focus(spec, micro_batches=2)
+    assert torch.equal(steps_of(session, tokens)[0], expected)
+
+
+def test_micro_batches_reach_a_driven_hit_rate() -> None:
+    settings = SMALL | {"sparse_budget": "256", "value_placement": "host", "value_buffer": "4"}
+    (spec,) = build_specs(["shadowkv"], settings)
+    session = Session(
+        on_gpu("llama"), [spec], prompt_tokens=8192, new_tokens=64, num_prompts=6,
+        merge_cells=False,
+    )  # fmt: skip
+    first = fill_synthetic(session, 8192)
+    for wanted, lanes in ((0.6, 1), (0.88, 2)):
+        session.focus(spec, lanes=lanes, micro_batches=2)
+        drive(session, first, wanted, warmup=32, steps=32)
+        assert session.is_captured
+        assert session.hit_rate(33, 64) == pytest.approx(wanted, abs=0.02)
+
+
 def test_more_lanes_than_there_are_streams_decode_the_same(captures: bool) -> None:
     rows = 36
     (spec,) = build_specs(

@@ -33,6 +33,7 @@ def test_every_lever_stands_beside_the_base() -> None:
     rows = [row(s) for s in (500, 480, 520)] + [row(s, 0.59) for s in (300, 310)]
     rows += [row(250, captured=False), row(400, lanes=1), row(330, 0.59, lanes=4)]
     rows += [row(600, settings={"value_dtype": "fp8"})]
+    rows += [row(360, 0.59, micro_batches=2)]
     rows += [row(450, settings={"value_buffer": 1.5, "key_buffer": 2.0}), row(0, error="failed")]
     rows += [row(99, method="full", settings={}, rate=None)]
     assert lever_table(rows).splitlines() == [
@@ -44,6 +45,7 @@ def test_every_lever_stands_beside_the_base() -> None:
         "| 1 lane | not measured | 400 [400, 400], 0.80x |",
         "| 4 lanes | 330 [330, 330], 1.08x | not measured |",
         "| value_dtype fp8 | not measured | 600 [600, 600], 1.20x |",
+        "| 2 micro-batches of 2 lanes | 360 [360, 360], 1.18x | not measured |",
         "| key_buffer 2.0, value_buffer 1.5 | not measured | 450 [450, 450], 0.90x |",
     ]
 

@@ -130,6 +130,38 @@ def test_less_to_fetch_and_more_lanes_are_never_slower() -> None:
     assert step(0.6, 2) < step(0.6, 1)
 
 
+def test_micro_batches_pay_where_fetching_takes_longest() -> None:
+    settings = {"value_placement": "host", "sparse_budget": "2048", "outlier_chunks": "48"}
+    (spec,) = build_specs(["shadowkv:value_buffer=4,key_buffer=4"], settings)
+    probe = Probe("x", 3100.0, {}, 54.6, 54.6, 47.2, "", "2026-11-24")
+
+    def phases(hits: float, micro_batches: int) -> dict[str, float]:
+        return phase_ms(
+            spec,
+            LLAMA,
+            WEIGHTS,
+            probe,
+            122_880,
+            16,
+            hit_rate=hits,
+            lanes=4 // micro_batches,
+            micro_batches=micro_batches,
+        )
+
+    for hits, pays in ((0.0, True), (0.59, True), (0.88, False), (1.0, False)):
+        one, two = phases(hits, 1), phases(hits, 2)
+        assert (two["step"] < one["step"]) is pays, hits
+        assert one["dense"] < two["dense"] < 2 * one["dense"], "weights are read twice"
+        for name in ("select", "residency", "fetch", "rebuild", "attention"):
+            assert two[name] == pytest.approx(one[name]), "as many launches, as many bytes"
+    assert phases(0.0, 2)["step"] > phases(0.0, 2)["fetch"]
+    once, twice = (
+        phase_bytes(spec, LLAMA, WEIGHTS, 122_880, 16, hit_rate=0.5, micro_batches=count)
+        for count in (1, 2)
+    )
+    assert twice == once | {"dense": 2 * WEIGHTS}
+
+
 def test_bench_plan_runs_nothing(tmp_path: Path, tiny_model_folder: Path, capsys) -> None:
     out = tmp_path / "b"
     command = ["bench", "--model", str(tiny_model_folder), "--context-length", "512,1k", "--rank"]

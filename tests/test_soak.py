@@ -13,7 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shadowkv_cli.bench import soak
-from shadowkv_cli.bench.soak_cases import MOST_LANES, MOST_ROWS, SoakCase, draw_case
+from shadowkv_cli.bench.soak_cases import (
+    MOST_LANES,
+    MOST_MICRO_BATCHES,
+    MOST_ROWS,
+    SoakCase,
+    draw_case,
+)
 from shadowkv_cli.config import ModelShape
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.methods.drift import Drift
@@ -36,9 +42,11 @@ def test_a_case_is_one_line_that_says_all(seed: int, longest: int) -> None:
     for tokens in lengths:
         assert not case.spec.is_dense(tokens), (case, tokens)
     assert all(1 <= lanes <= min(case.batch, MOST_LANES) for lanes in case.lanes)
+    assert 1 <= case.micro_batches <= min(case.batch, MOST_MICRO_BATCHES)
 
 
-GOOD = SoakCase(3, (2, 3), 300, 0.01, 7, "shadowkv:sparse_budget=32,rank=16,value_placement=host")
+METHOD = "shadowkv:sparse_budget=32,rank=16,value_placement=host"
+GOOD = SoakCase(3, (2, 3), 1, 300, 0.01, 7, METHOD)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +56,7 @@ GOOD = SoakCase(3, (2, 3), 300, 0.01, 7, "shadowkv:sparse_budget=32,rank=16,valu
         ("seed=7", "seed=7 more=1", "must say batch, lanes"),
         ("batch=3", "batch=0", "out of range"),
         ("lanes=2,3", "lanes=2,x", "no number"),
+        ("micro_batches=1", "micro_batches=0", "out of range"),
         ("drift=0.01", "drift=2", "out of range"),
         ("shadowkv:", "oracle:", "oracle"),
         ("rank=16", "rank=160", "above the model's key width 128"),
@@ -113,6 +122,25 @@ def test_what_lanes_break_is_found_and_can_be_repeated(factor, said, monkeypatch
     assert soak.main(repeated[3:]) == 1
     monkeypatch.undo()
     assert soak.main(repeated[3:]) == 0
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="compares micro-batches with each other there"
+)
+def test_what_micro_batches_break_is_found(monkeypatch, capsys) -> None:
+    case = ["--case", GOOD.text.replace("micro_batches=1", "micro_batches=2")]
+    assert soak.main([*FAST, *case]) == 0
+    split = ShadowKVGroup.micro_batches
+
+    def swapped(self: ShadowKVGroup, count: int) -> list[ShadowKVGroup]:
+        parts = split(self, count)
+        for part in parts:
+            part.prompt_index = part.prompt_index.flip(0)  # two rows that read each other's prompts
+        return parts
+
+    monkeypatch.setattr(ShadowKVGroup, "micro_batches", swapped)
+    assert soak.main([*FAST, *case]) == 1
+    assert "FAILED: 2 lanes, 2 micro-batches: logits of" in capsys.readouterr().err
 
 
 def test_a_restarted_drift_walks_the_same_way() -> None:

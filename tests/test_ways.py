@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from shadowkv_cli.bench import cases, memory, throughput
 from shadowkv_cli.bench.cases import Room, cases_at, make_cases
+from shadowkv_cli.bench.probes import Probe
 from shadowkv_cli.cells import build_specs
 from shadowkv_cli.cli import run
 from shadowkv_cli.config import FullSpec, ModelShape
@@ -40,6 +42,58 @@ def test_every_combination_or_one_at_a_time() -> None:
     assert cells(8, **both) == ["", "no graph", *driven, *driven]
     star = [driven[0], driven[1], driven[2]]
     assert cells(8, **both, one_at_a_time=True) == ["", "no graph", *star, driven[0]]
+
+
+def test_micro_batches_are_ways_too() -> None:
+    assert cells(8, micro_batches=(1, 2)) == ["", *("1 micro-batch", "2 micro-batches") * 2]
+    both = {"lanes": (2, 1), "micro_batches": (2, 1)}
+    ours = [f"2 micro-batches; {lanes}" for lanes in ("2 lanes", "1 lane")]
+    others = [f"1 micro-batch; {lanes}" for lanes in ("2 lanes", "1 lane")]
+    assert cells(8, **both) == ["", *(ours + others) * 2]
+    assert cells(8, **both, one_at_a_time=True) == ["", *ours, others[0], ours[0]]
+    many = cells(3, micro_batches=(1, 2, 3, 8), lanes=(4,))
+    assert many[1:5] == [
+        "1 micro-batch; 3 lanes",
+        "2 micro-batches; 2 lanes",
+        "3 micro-batches; 1 lane",
+        "1 micro-batch; 3 lanes",
+    ], "no more parts than there are sequences"
+
+
+def test_usual_lanes_are_fewer_in_several_micro_batches() -> None:
+    sizes = dict.fromkeys([*SPECS, FullSpec()], 16)
+    found = cases_at(122_880, "16", SPECS[1:2], settings_of(micro_batches=(1, 2, 8)), sizes)
+    assert [(case.micro_batches, case.lanes) for case in found] == [(1, 4), (2, 2), (8, 1)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"hit_rates": (0.59, 0.88)}, [(2, 2), (1, 4)]),
+        ({"hit_rates": (None,)}, [(1, 4)]),
+        ({"hit_rates": (0.59,), "lanes": (4,)}, [(1, 4)]),
+        ({"hit_rates": (0.59,), "micro_batches": (1,)}, [(1, 4)]),
+        ({"hit_rates": (0.59,), "graphs": (False,)}, [(1, 4)]),
+        ({"hit_rates": (0.59,), "batch_rules": ("1",)}, [(1, 1)]),
+    ],
+)
+def test_micro_batches_are_taken_where_the_planner_finds_them_faster(
+    h100: Room, changes: dict[str, Any], found: list[tuple[int, int]]
+) -> None:
+    probe = Probe("x", 3100.0, {}, 54.6, 54.6, 47.2, "", "2026-11-24")
+    room = replace(h100, weight_bytes=16_060_522_496, probe=probe)
+    settings = settings_of(**{"batch_rules": ("14",), "state": "synthetic"} | changes)
+    cases = make_cases(SPECS[2:], settings, room)
+    assert [(case.micro_batches, case.lanes) for case in cases] == found
+    assert not any("micro" in case.cell for case in cases if not case.micro_batches_asked)
+    [first, *_] = cases
+    row = {"cell": first.cell, "context_length": 122_880, "batch_rule": first.batch_rule}
+    row |= {"spec": first.spec.cell, "batch_size": first.batch_size, "error": None, "lanes": 3}
+    again = make_cases(SPECS[2:], settings, room, [row])[0]
+    if settings.lanes or settings.micro_batches:
+        assert again == first
+    else:
+        assert (again.micro_batches, again.lanes) == (1, 3), "as the row that it goes on from"
 
 
 def test_a_batch_has_no_more_lanes_than_sequences() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from shadowkv_cli.bench import plan
 from shadowkv_cli.bench.memory import (
     DECODE_RESERVE,
     RESERVE,
@@ -16,6 +19,7 @@ from shadowkv_cli.bench.memory import (
     free_device_bytes,
     free_host_bytes,
 )
+from shadowkv_cli.bench.probes import Probe
 from shadowkv_cli.config import FullSpec, MethodSpec, ModelShape, ShadowKVSpec
 from shadowkv_cli.console import format_bytes
 from shadowkv_cli.errors import UsageError
@@ -34,8 +38,10 @@ class Case:
         spec: the method, its resident layers resolved to a number.
         asked: the same as it was asked for; None: as `spec`.
         hit_rate: that it is driven to; None: as it comes.
-        lanes: parts of the batch whose fetches overlap.
+        lanes: parts of a micro-batch whose fetches overlap.
         lanes_asked: whether that number was asked for; the label says it then.
+        micro_batches: parts of the batch that go through the layers one behind the other.
+        micro_batches_asked: the same of their number.
         graph: on a GPU, a step is one CUDA graph.
         eager: in transformers' own forward, see `bench.eager`; for full attention alone.
     """
@@ -49,6 +55,8 @@ class Case:
     hit_rate: float | None = None
     lanes: int = 1
     lanes_asked: bool = False
+    micro_batches: int = 1
+    micro_batches_asked: bool = False
     graph: bool = True
     eager: bool = False
 
@@ -66,6 +74,9 @@ class Case:
         if self.eager:
             return EAGER
         marks = [] if self.hit_rate is None else [f"hits driven to {100 * self.hit_rate:g}%"]
+        if self.micro_batches_asked:
+            plural = "es" if self.micro_batches > 1 else ""
+            marks.append(f"{self.micro_batches} micro-batch{plural}")
         if self.lanes_asked:
             marks.append(f"{self.lanes} lane{'s' if self.lanes > 1 else ''}")
         if not self.graph:
@@ -81,32 +92,63 @@ class Case:
         return self.spec.resident_layers
 
 
-ROWS_A_LANE, MOST_LANES = 2, 4
-"""A batch of a method that fetches from the host is worked on in lanes of at least so many rows."""
+ROWS_A_LANE, MOST_LANES, MOST_LANES_OF_SEVERAL = 2, 4, 2
+"""A batch of a method that fetches from the host is worked on in lanes of at least so many rows.
+
+The last: of several micro-batches, which hide each other's fetches already.
+"""
+
+MICRO_BATCHES = 2
+"""As many are tried by the planner where nothing is asked for."""
+
+
+def _usual_lanes(batch: int, micro_batches: int) -> int:
+    """Lanes of each micro-batch where no number is asked for."""
+    most = MOST_LANES if micro_batches == 1 else MOST_LANES_OF_SEVERAL
+    return max(1, min(batch // micro_batches // ROWS_A_LANE, most))
+
+
+def _parts(batch: int, micro_batches: int, lanes: int | None) -> tuple[int, int]:
+    """Micro-batches and lanes of each, of which none is empty; None: the usual ones."""
+    micro_batches = max(1, min(micro_batches, batch))
+    if lanes is None:
+        return micro_batches, _usual_lanes(batch, micro_batches)
+    return micro_batches, min(lanes, math.ceil(batch / micro_batches))
 
 
 def _ways(case: Case, settings: BenchSettings, *, is_first: bool) -> list[Case]:
-    """A case in every way that it is decoded: hit rates, lanes, with and without a graph.
+    """A case in every way that it is decoded: hit rates, micro-batches, lanes, with and without a
+    graph.
 
     Args:
-        is_first: of its method; with `one_at_a_time` the others have their lanes and graph fixed.
+        is_first: of its method; with `one_at_a_time` the others have all but the hit rate fixed.
     """
-    spec, batch = case.spec, case.batch_size
-    lanes = [1]
+    spec = case.spec
     fetches = isinstance(spec, ShadowKVSpec) and spec.value_placement == "host"
-    if fetches:
-        lanes = list(dict.fromkeys(min(count, batch) for count in settings.lanes))
-        lanes = lanes or [max(1, min(batch // ROWS_A_LANE, MOST_LANES))]
-    graphs = settings.graphs or (True,)
-    pairs = list(itertools.product(lanes, graphs))
+    micro_batch_counts = settings.micro_batches if fetches else ()
+    lane_counts: tuple[int | None, ...] = (settings.lanes or (None,)) if fetches else (1,)
+    asked = list(
+        itertools.product(micro_batch_counts or (1,), lane_counts, settings.graphs or (True,))
+    )
     if settings.one_at_a_time:
-        pairs = [pair for pair in pairs if pair[0] == lanes[0] or pair[1] == graphs[0]]
-        pairs = pairs if is_first else pairs[:1]
+        asked = [way for way in asked if sum(map(operator.ne, way, asked[0])) <= 1]
+        asked = asked if is_first else asked[:1]
+    ways = dict.fromkeys(
+        (*_parts(case.batch_size, micro_batches, lanes), graph)
+        for micro_batches, lanes, graph in asked
+    )
     rates = settings.hit_rates if isinstance(spec, ShadowKVSpec) else (None,)
-    asked = fetches and bool(settings.lanes)
     return [
-        replace(case, hit_rate=rate, lanes=count, lanes_asked=asked, graph=graph)
-        for count, graph in pairs
+        replace(
+            case,
+            hit_rate=rate,
+            lanes=lanes,
+            lanes_asked=fetches and bool(settings.lanes),
+            micro_batches=micro_batches,
+            micro_batches_asked=fetches and bool(settings.micro_batches),
+            graph=graph,
+        )
+        for micro_batches, lanes, graph in ways
         for rate in rates
     ]
 
@@ -125,11 +167,15 @@ class Room:
         shape: of the model's attention.
         device: where it runs.
         still_to_load: bytes of weights that are not there yet.
+        weight_bytes: of the model.
+        probe: of a GPU, by which the planner chooses micro-batches; None: there is always one.
     """
 
     shape: ModelShape
     device: torch.device
     still_to_load: int = 0
+    weight_bytes: int = 0
+    probe: Probe | None = None
 
     def free_bytes(self, settings: BenchSettings) -> int:
         return free_bytes(self.device, settings) - self.still_to_load
@@ -176,6 +222,43 @@ class Room:
         if rule.isdigit():
             return int(rule)
         return self.largest_batch(FullSpec() if rule == "equal" else spec, tokens, settings)
+
+    def in_usual_parts(self, case: Case, settings: BenchSettings, before: Row | None) -> Case:
+        """Decoded in micro-batches where these are foretold to be faster, if none were asked for.
+
+        Args:
+            case: its resident layers resolved; only a captured step at a driven hit rate is
+                foretold.
+            settings: what was asked for.
+            before: an earlier row of the same cell; its parts stay.
+        """
+        spec = case.spec
+        fetches = isinstance(spec, ShadowKVSpec) and spec.value_placement == "host"
+        if not fetches or case.eager or settings.micro_batches or settings.lanes:
+            return case
+        if before is not None:
+            parts = before.get("micro_batches", 1)
+            return replace(case, micro_batches=parts, lanes=before["lanes"])
+        rate, probe = case.hit_rate, self.probe
+        if probe is None or self.device.type == "cpu" or rate is None or not case.graph:
+            return case
+        parts, lanes = _parts(case.batch_size, MICRO_BATCHES, None)
+        other = replace(case, micro_batches=parts, lanes=lanes)
+
+        def step_ms(way: Case) -> float:
+            return plan.phase_ms(
+                spec,
+                self.shape,
+                self.weight_bytes,
+                probe,
+                way.prompt_tokens,
+                way.batch_size,
+                hit_rate=rate,
+                lanes=way.lanes,
+                micro_batches=way.micro_batches,
+            )["step"]
+
+        return min(case, other, key=step_ms)
 
     def check(self, case: Case, settings: BenchSettings) -> None:
         """Raise UsageError where a case's batch does not fit beside the model, or on the host."""
@@ -230,6 +313,9 @@ def make_cases(
     if settings.graphs and room.device.type == "cpu":
         raise UsageError("--graph says how a GPU decodes, and this is a CPU: leave it out.")
     before = {(r.get("spec", r["cell"]), r["context_length"], r["batch_rule"]): r for r in measured}
+    same = {
+        (r["cell"], r["context_length"], r["batch_rule"]): r for r in measured if r["error"] is None
+    }
     cases = []
     for length, rule in itertools.product(settings.context_lengths, settings.batch_rules):
         rows = {spec: before.get((spec.cell, length, rule)) for spec in [*specs, FullSpec()]}
@@ -240,7 +326,9 @@ def make_cases(
             for spec, row in rows.items()
         }
         for case in cases_at(length, rule, specs, settings, batch_sizes):
-            cases.append(_with_resident_layers(case, rows[case.spec], room, settings))
+            case = _with_resident_layers(case, rows[case.spec], room, settings)
+            own = same.get((case.cell, length, rule))
+            cases.append(room.in_usual_parts(case, settings, own))
     for case in cases:
         room.check(case, settings)
     return cases

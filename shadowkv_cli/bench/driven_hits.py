@@ -28,8 +28,7 @@ def measured_hits(session: Session, first: Tensor, warmup: int, steps: int) -> f
     with session.attached():
         for _ in range(warmup + steps):
             tokens = session.next_tokens(tokens).tokens
-    (_, group), *_ = session.batch.parts
-    return group.hit_rate(warmup + 1, warmup + steps)
+    return session.hit_rate(warmup + 1, warmup + steps)
 
 
 def drive(
@@ -57,22 +56,23 @@ def drive(
     (_, group), *_ = session.batch.parts
     assert isinstance(group, SparseGroup), "only chunks that are fetched can be at hand"
     shape = group.shape
-    group.drift = Drift(
+    drift = Drift(
         shape.num_layers,
-        len(group.rows),
+        len(session.batch),
         shape.num_q_heads,
         shape.head_dim,
         like=group.keys[0],
         seed=SEED,
     )
+    session.steer(drift)
     if known is not None:
-        _set(group.drift, known)
+        _set(drift, known)
         return known
     low, high = math.log(SLOWEST), math.log(FASTEST)
     hits: float | None = None
     for _ in range(ROUNDS):
         middle = (low + high) / 2
-        _set(group.drift, math.exp(middle))
+        _set(drift, math.exp(middle))
         hits = measured_hits(session, first, warmup, steps)
         if hits is None or abs(hits - wanted) < CLOSE:
             break

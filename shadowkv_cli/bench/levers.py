@@ -3,10 +3,10 @@
     python -m shadowkv_cli.bench.levers results/gpu-levers
 
 The first cell of ShadowKV that was measured is the base. Every other one stands with what it has
-other than that: lanes, the graph, settings. Prints Markdown, one column for each rate that hits
-were driven to; `--readme FILE` puts it between `<!-- levers -->` and `<!-- /levers -->` of a file.
-Every cell is driven to the same rate, so a larger buffer shows here what it costs; what it gains is
-hits.
+other than that: micro-batches, lanes, the graph, settings. Prints Markdown, one column for each
+rate that hits were driven to; `--readme FILE` puts it between `<!-- levers -->` and
+`<!-- /levers -->` of a file. Every cell is driven to the same rate, so a larger buffer shows here
+what it costs; what it gains is hits.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class _Setup:
     """What a measurement was made with, its hit rate left out."""
 
     settings: tuple[tuple[str, Any], ...]
+    micro_batches: int
     lanes: int
     captured: bool
     batch_size: int
@@ -40,14 +41,15 @@ class _Setup:
     def of(cls, row: Row) -> _Setup:
         settings = tuple(sorted(row["settings"].items()))
         place = (row["batch_size"], row["context_length"])
-        return cls(settings, row["lanes"], row["captured"], *place)
+        parts = (row.get("micro_batches", 1), row["lanes"])  # earlier runs had one
+        return cls(settings, *parts, row["captured"], *place)
 
     def beside(self, base: _Setup) -> str:
         """What is other than in the base, in words."""
         ours, theirs = dict(self.settings), dict(base.settings)
         words = [f"{name} {value}" for name, value in ours.items() if theirs.get(name) != value]
-        if self.lanes != base.lanes:
-            words.append(f"{self.lanes} lane{'s' if self.lanes > 1 else ''}")
+        if (self.micro_batches, self.lanes) != (base.micro_batches, base.lanes):
+            words.append(self.parts)
         if self.captured != base.captured:
             words.append("one CUDA graph" if self.captured else "no CUDA graph")
         if self.batch_size != base.batch_size:
@@ -56,12 +58,18 @@ class _Setup:
             words.append(f"{self.context_length:,} tokens")
         return ", ".join(words)
 
+    @property
+    def parts(self) -> str:
+        """Micro-batches, where there are several, and lanes."""
+        lanes = f"{self.lanes} lane{'s' if self.lanes > 1 else ''}"
+        return f"{self.micro_batches} micro-batches of {lanes}" if self.micro_batches > 1 else lanes
+
     def in_words(self) -> str:
         """The base: what another cell may differ in most."""
         own = dict(self.settings)
         return (
             f"base: value_buffer {own['value_buffer']}, key_buffer {own['key_buffer']}, "
-            f"{self.lanes} lane{'s' if self.lanes > 1 else ''}, "
+            f"{self.parts}, "
             f"{'one CUDA graph' if self.captured else 'no CUDA graph'}, batch {self.batch_size}, "
             f"{self.context_length:,} tokens"
         )

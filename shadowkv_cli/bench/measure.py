@@ -106,6 +106,7 @@ def _eagerly(
     return _speed(case, step_ms) | {
         "captured": False,
         "lanes": 1,
+        "micro_batches": 1,
         "hit_rate": None,
         "attended_tokens": case.prompt_tokens + settings.new_tokens,
         "phase_ms": None,
@@ -123,7 +124,9 @@ def _in_the_engine(
     drifts: Drifts,
     number: int,
 ) -> Row:
-    session.focus(case.spec, lanes=case.lanes, captures=case.graph)
+    session.focus(
+        case.spec, lanes=case.lanes, captures=case.graph, micro_batches=case.micro_batches
+    )
     if case.hit_rate is not None:
         known, steps = (case.spec, case.hit_rate), (settings.warmup_steps, settings.decode_steps)
         drifts[known] = drive(session, first, case.hit_rate, *steps, drifts.get(known))
@@ -142,12 +145,12 @@ def _in_the_engine(
     step_ms = clock.step_ms()
     session.check_finite(finite)
     audits = [session.audit(row, settings.new_tokens) for row in range(case.batch_size)]
-    (_, group), *_ = session.batch.parts
-    hits = group.hit_rate(max(settings.warmup_steps, 1) + 1, settings.new_tokens)
+    hits = session.hit_rate(max(settings.warmup_steps, 1) + 1, settings.new_tokens)
     phases = _phases(session, first, settings) if number == 0 else None
     return _speed(case, step_ms) | {
         "captured": session.is_captured,
         "lanes": case.lanes,
+        "micro_batches": case.micro_batches,
         "hit_rate": hits,
         "attended_tokens": sum(a["attended_tokens"] for a in audits) / len(audits),
         "phase_ms": phases,
@@ -166,6 +169,7 @@ def _phase_bytes(session: Session, case: Case, hits: float | None) -> dict[str, 
         case.prompt_tokens,
         case.batch_size,
         hit_rate=hits or 0.0,
+        micro_batches=case.micro_batches,
     )
 
 
@@ -184,6 +188,7 @@ def _predicted(session: Session, case: Case, hits: float | None) -> float | None
         case.batch_size,
         hit_rate=hits or 0.0,
         lanes=case.lanes,
+        micro_batches=case.micro_batches,
     )
     return round(found["step"], 3)
 

@@ -41,6 +41,9 @@ SHARE: Mapping[str, float] = {
 DENSE_ROW_US = 0.9
 """Microseconds that each row adds to the dense part of a layer."""
 
+CONTENTION = 1.12
+"""How much longer another micro-batch's work takes beside a fetch; not fitted yet."""
+
 
 @dataclass(frozen=True)
 class Item:
@@ -92,15 +95,17 @@ def phase_bytes(
     batch: int,
     *,
     hit_rate: float,
+    micro_batches: int = 1,
 ) -> dict[str, float]:
-    """Bytes that each phase of a step must move once, all layers, indices left out.
+    """Bytes that each phase of a step must move, all layers, indices left out.
 
-    `fetch` crosses the bus: values of layers that stay on the device are no part of it. All others
-    are in the device's memory. Of residency nothing is told: its tables are small.
+    Each micro-batch reads the weights. `fetch` crosses the bus: values of layers that stay on the
+    device are no part of it. All others are in the device's memory. Of residency nothing is told:
+    its tables are small.
     """
     token = shape.head_dim * shape.element_bytes
     planes = shape.num_layers * batch * shape.num_kv_heads
-    found: dict[str, float] = {"dense": weight_bytes}
+    found: dict[str, float] = {"dense": micro_batches * weight_bytes}
     if not isinstance(spec, SparseSpec) or spec.is_dense(prompt_tokens):
         return found | {"attention": 2 * planes * prompt_tokens * token}
     kept = spec.keeps(prompt_tokens)
@@ -135,49 +140,83 @@ def phase_ms(
     *,
     hit_rate: float,
     lanes: int,
+    micro_batches: int = 1,
 ) -> dict[str, float]:
-    """Milliseconds of each phase of a step, and of the whole as `step`; of the selected at hand.
+    """Milliseconds of each phase of a step, and of the whole as `step`.
 
+    Of the selected chunks `hit_rate` are at hand; each of the micro-batches has so many lanes.
     Values that lie on the host come over the bus, which must be probed then; chunks of 1 KiB are
     taken to come as fast as those of 2 KiB, since a warp of the kernel reads two of them at once.
     """
-    moved = phase_bytes(spec, shape, weight_bytes, prompt_tokens, batch, hit_rate=hit_rate)
+    moved = phase_bytes(
+        spec,
+        shape,
+        weight_bytes,
+        prompt_tokens,
+        batch,
+        hit_rate=hit_rate,
+        micro_batches=micro_batches,
+    )
     layers, read = shape.num_layers, probe.memory_read_gb_s
+    launches = lanes * micro_batches
 
     def phase(name: str, launches: int, gb_s: float = read, kind: str = "") -> float:
         fixed = layers * launches * LAUNCH_US[name] / 1e3
         return fixed + moved[name] / (gb_s * 1e6 * SHARE[kind or name])
 
     rows_ms = layers * batch * DENSE_ROW_US / 1e3
-    found = {"dense": phase("dense", 1) + rows_ms}
+    found = {"dense": phase("dense", micro_batches) + rows_ms}
     if not isinstance(spec, SparseSpec) or spec.is_dense(prompt_tokens):
         found["attention"] = moved["attention"] / (read * 1e6 * SHARE["full attention"])
         return found | {"step": sum(found.values())}
-    found["attention"] = phase("attention", lanes)
+    found["attention"] = phase("attention", launches)
     if isinstance(spec, ShadowKVSpec):
         tables = 1 if spec.key_buffer == spec.value_buffer else 2
         kind = "select in fp8" if spec.landmark_dtype == "fp8" else "select"
-        found["select"] = phase("select", lanes, kind=kind)
-        found["residency"] = layers * lanes * tables * LAUNCH_US["residency"] / 1e3
-        found["rebuild"] = phase("rebuild", lanes)
+        found["select"] = phase("select", launches, kind=kind)
+        found["residency"] = layers * launches * tables * LAUNCH_US["residency"] / 1e3
+        found["rebuild"] = phase("rebuild", launches)
         forms, bus = spec.value_forms(layers), probe.zero_copy_gather_gb_s or probe.h2d_gb_s
         moved["fetch"] = layers * _missed_bytes(spec, shape, prompt_tokens, batch, hit_rate)
         fetch = step = 0.0
         for placement, count in Counter(form.placement for form in forms).items():
             rate = bus if placement == "host" else read
             assert rate, "the bus is probed on every GPU"
-            own = phase("fetch", lanes, rate)  # were all layers of this placement
+            own = phase("fetch", launches, rate)  # were all layers of this placement
             fetch += own * count / layers
-            step += _with_overlap(found | {"fetch": own}, lanes) * count / layers
+            every = found | {"fetch": own}
+            if micro_batches > 1:
+                step += _in_turns(every, layers * micro_batches) * count / layers
+            else:
+                step += _with_overlap(every, lanes) * count / layers
         return found | {"fetch": fetch, "step": step}
     return found | {"step": _with_overlap(found, lanes)}
 
 
+def _alone(phases: Mapping[str, float]) -> float:
+    """What keeps the device's own memory and units busy."""
+    return sum(phases.get(name, 0.0) for name in ("dense", "attention", "select", "residency"))
+
+
+def _beside(phases: Mapping[str, float]) -> float:
+    """Of fetching and rebuilding, which run beside each other, the longer one."""
+    return max(phases.get("fetch", 0.0), phases.get("rebuild", 0.0))
+
+
+def _in_turns(phases: Mapping[str, float], turns: int) -> float:
+    """A step in which all that a micro-batch fetches hides behind the work of another.
+
+    Either that work takes as long as the step, slowed down beside the fetches; or the bus does,
+    which has nothing to fetch in the first turn of all that a micro-batch takes in a layer.
+    """
+    work, beside = _alone(phases), _beside(phases)
+    return max(work + (CONTENTION - 1) * min(work, beside), beside + work / turns)
+
+
 def _with_overlap(phases: Mapping[str, float], lanes: int) -> float:
     """A step in which fetches and rebuilding run beside other lanes' selection and attention."""
-    alone = sum(phases.get(name, 0.0) for name in ("dense", "attention", "select", "residency"))
+    alone, beside = _alone(phases), _beside(phases)
     others = (lanes - 1) / lanes
-    beside = max(phases.get("fetch", 0.0), phases.get("rebuild", 0.0))
     hidden = others * (phases.get("select", 0.0) + phases["attention"])
     # The last lane's has only the attention of the other lanes to hide behind.
     last = beside / lanes - others * phases["attention"]

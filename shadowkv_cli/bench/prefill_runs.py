@@ -26,6 +26,7 @@ Row = dict[str, Any]
 class Plain:
     """Serves exact attention and keeps nothing: what a prefill takes by itself."""
 
+    micro_batches = None
     is_decoding = False
     wants_last_token = True
 

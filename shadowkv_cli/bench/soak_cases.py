@@ -9,7 +9,7 @@ from shadowkv_cli.cells import build_specs
 from shadowkv_cli.config import ModelShape, ShadowKVSpec
 from shadowkv_cli.errors import UsageError
 
-MOST_ROWS, MOST_LANES = 16, 5
+MOST_ROWS, MOST_LANES, MOST_MICRO_BATCHES = 16, 5, 2
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class SoakCase:
     Attributes:
         batch: prompts.
         lanes: numbers of lanes, in turn.
+        micro_batches: parts of the batch that have so many lanes each.
         tokens: of the longest prompt; the others have half of it or more.
         drift: one minus the correlation of neighbouring steps' selecting queries; 0: those of the
             model select.
@@ -28,6 +29,7 @@ class SoakCase:
 
     batch: int
     lanes: tuple[int, ...]
+    micro_batches: int
     tokens: int
     drift: float
     seed: int
@@ -51,6 +53,7 @@ class SoakCase:
             case = cls(
                 batch=int(given["batch"]),
                 lanes=tuple(int(count) for count in given["lanes"].split(",")),
+                micro_batches=int(given["micro_batches"]),
                 tokens=int(given["tokens"]),
                 drift=float(given["drift"]),
                 seed=int(given["seed"]),
@@ -58,7 +61,8 @@ class SoakCase:
             )
         except ValueError:
             raise UsageError(f"--case '{text}' has a value that is no number.") from None
-        if case.batch < 1 or case.tokens < 2 or min(case.lanes) < 1 or not 0 <= case.drift <= 1:
+        least = min(case.batch, *case.lanes, case.micro_batches)
+        if least < 1 or case.tokens < 2 or not 0 <= case.drift <= 1:
             raise UsageError(f"--case '{text}' has a value out of range.")
         return case
 
@@ -110,6 +114,7 @@ def draw_case(draws: random.Random, shape: ModelShape, longest: int) -> SoakCase
     return SoakCase(
         batch=batch,
         lanes=tuple(draws.randint(1, min(batch, MOST_LANES)) for _ in range(2)),
+        micro_batches=draws.randint(1, min(batch, MOST_MICRO_BATCHES)),
         tokens=tokens,
         drift=draws.choice((0.0, 0.001, 0.01, 0.1, 1.0)),
         seed=draws.randrange(1_000_000),

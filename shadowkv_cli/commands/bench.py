@@ -25,7 +25,7 @@ from shadowkv_cli.run_config import (
     default_output,
     parse_graphs,
     parse_hit_rates,
-    parse_lanes,
+    parse_parts,
 )
 
 DEFAULT_CONTEXT = 16 * 1024
@@ -74,8 +74,18 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="N[,…]",
-            help="Parts of a batch whose fetches from the host overlap with each other's work; "
-            "commas or repeats. [default: 2 from 4 sequences on]",
+            help="Parts of a micro-batch whose fetches from the host overlap with each other's "
+            "work inside a layer; commas or repeats. [default: one for 2 sequences, at most 4; "
+            "of several micro-batches at most 2]",
+        ),
+    ] = None,
+    micro_batches: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="N[,…]",
+            help="Parts of a batch that go through the layers one behind the other: one fetches "
+            "from the host while another multiplies; commas or repeats. [default: 2 where a given "
+            "--hit-rate makes that faster on this GPU, by its probe, and --lanes are not given]",
         ),
     ] = None,
     graph: Annotated[
@@ -124,7 +134,8 @@ def bench(
     settings = replace(
         timing.settings(lengths, batch_size, state, model.attention_backend, share=share),
         hit_rates=parse_hit_rates(hit_rate),
-        lanes=parse_lanes(lanes),
+        lanes=parse_parts(lanes, "lanes"),
+        micro_batches=parse_parts(micro_batches, "micro-batches"),
         graphs=parse_graphs(graph),
         eager_baseline=eager_baseline,
         one_at_a_time=one_at_a_time,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from shadowkv_cli.config import MethodSpec, ModelShape
-from shadowkv_cli.methods.drift import Drift
+from shadowkv_cli.methods.drift import DriftingRows
+from shadowkv_cli.methods.side_stream import Join
 from shadowkv_cli.methods.store import Prompt, PromptStore
 from shadowkv_cli.ops import compiled
 
@@ -66,8 +68,10 @@ class Group(ABC):
         self.seen = self.generated
         self.row_index = torch.arange(len(rows), device=device)
         self.used = 0
-        self.drift: Drift | None = None
+        self.drift: DriftingRows | None = None
         """Queries that select in place of the model's: benchmarks set them."""
+        self.turn: Join | None = None
+        """Marked in each layer when its chunks are selected: another micro-batch waits for that."""
 
     def subset(self, rows: Sequence[int]) -> Self:
         """A group of some of the rows that goes on from where they stand.
@@ -84,6 +88,15 @@ class Group(ABC):
         part.take_rows(rows, index)
         part.see(part.generated)
         return part
+
+    def micro_batches(self, count: int) -> list[Self]:
+        """At most so many groups of neighbouring rows, to be decoded beside each other.
+
+        This group must not be stepped meanwhile, and is reset with them.
+        """
+        rows = range(len(self.rows))
+        size = math.ceil(len(rows) / count)
+        return [self.subset(rows[first : first + size]) for first in rows[::size]]
 
     @abstractmethod
     def take_rows(self, rows: Sequence[int], index: slice | Tensor) -> None:
@@ -193,12 +206,17 @@ class Group(ABC):
         """Work on the rows in so many parts, whose fetches overlap with each other's work."""
         assert count == 1, "nothing that this method does overlaps"
 
-    def hit_rate(self, first_step: int, last_step: int) -> float | None:
-        """Share of the selected chunks that were at hand, over all rows and layers.
+    def chunk_counts(self, first_step: int, last_step: int) -> tuple[int, int]:
+        """Chunks that were selected, and those of them that were fetched, over all rows and layers.
 
-        Steps are counted from 1; the first finds nothing. None where nothing is fetched.
+        Steps are counted from 1; the first finds nothing.
         """
-        return None
+        return 0, 0
+
+    def hit_rate(self, first_step: int, last_step: int) -> float | None:
+        """Share of the selected chunks that were at hand; None where nothing is selected."""
+        selected, fetched = self.chunk_counts(first_step, last_step)
+        return 1 - fetched / selected if selected else None
 
     def reset(self) -> None:
         """Forget what was decoded."""

@@ -39,3 +39,23 @@ class Drift:
         noise = torch.randn_like(self._state)
         self._state.mul_(self.keep).add_(noise * (1 - self.keep**2).clamp_min(0).sqrt())
         self.queries = self._state.to(self._dtype)
+
+
+class DriftingRows:
+    """Some rows of a drift, for the group that decodes them: the same walk however rows are cut.
+
+    Groups step in the order of their rows; all rows go on with the first.
+    """
+
+    def __init__(self, drift: Drift, rows: slice) -> None:
+        self._drift, self._rows = drift, rows
+
+    @property
+    def queries(self) -> Tensor:
+        """Those of the running step: [L, R, Hq, D]."""
+        return self._drift.queries[:, self._rows]
+
+    def advance(self) -> None:
+        """Begin a step."""
+        if self._rows.start == 0:
+            self._drift.advance()

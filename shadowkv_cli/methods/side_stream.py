@@ -15,6 +15,10 @@ class Join:
 
     event: torch.cuda.Event | None = None
 
+    def mark(self) -> None:
+        """Let what has been issued on the current stream be what is waited for."""
+        self.event = torch.cuda.current_stream().record_event()
+
     def wait(self) -> None:
         """Let the current stream go on when that work is done."""
         if self.event is not None:

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -146,6 +146,13 @@ class SparseGroup(Group):
         self._to_count = []
         self._parts = []
 
+    def micro_batches(self, count: int) -> list[Self]:
+        parts = super().micro_batches(count)
+        if self.key_stream is not None:  # with one for all, each would wait for the others
+            for part in parts:
+                part.key_stream = SideStream(self.store.device)
+        return parts
+
     def kept(self, spec: SparseSpec, prompt_tokens: int) -> Kept:
         """What the method attends of a prompt; selected, outlier and local tokens."""
         return spec.keeps(prompt_tokens)
@@ -227,6 +234,8 @@ class SparseGroup(Group):
         outputs, joins = [], []
         for lane, selecting_part, part in parts:
             ids = lane.select(layer, selecting_part, scale)
+            if self.turn is not None:
+                self.turn.mark()  # the last lane's stays
             with beside(lane.stream) as there:
                 outputs.append(lane._attend_chunks(layer, ids, part, scale))
             joins.append(there)
@@ -327,10 +336,9 @@ class SparseGroup(Group):
             for table in self.value_tables:
                 table.clear(self.value_slot_counts)
 
-    def hit_rate(self, first_step: int, last_step: int) -> float | None:
+    def chunk_counts(self, first_step: int, last_step: int) -> tuple[int, int]:
         steps = slice(first_step, last_step + 1)
-        selected = int(self.selected[steps].sum())
-        return 1 - int(self.fetched[steps].sum()) / selected if selected else None
+        return int(self.selected[steps].sum()), int(self.fetched[steps].sum())
 
     def audit(self, row: int, generated_tokens: int) -> dict[str, Any]:
         kept, own = self.row_kept[row], (slice(2, generated_tokens + 1), row)

@@ -21,6 +21,7 @@ from shadowkv_cli.model.long_prompts import (
     tiled,
     tiled_in_place,
 )
+from shadowkv_cli.model.micro_batches import MicroBatches, decoder_layers, in_parts
 from shadowkv_cli.model.replacing import replaced
 from shadowkv_cli.model.residual import adding
 from shadowkv_cli.model.rotary import attention_modules, rotary_module
@@ -38,10 +39,14 @@ class Attends(Protocol):
         fused: ops in place of the model's small kernels, or None.
         is_decoding: whether rows are decoded, a token each or several.
         wants_last_token: that nobody looks at what the model says of others.
+        micro_batches: takes the decoded rows through the layers in parts, or None.
     """
 
     context_tokens: int
     fused: Fused | None
+
+    @property
+    def micro_batches(self) -> MicroBatches | None: ...
 
     @property
     def is_decoding(self) -> bool: ...
@@ -160,6 +165,11 @@ def attached(model: PreTrainedModel, session: Attends) -> Iterator[None]:
             if out is not None and down is not None:
                 forward = adding(layer, out, down, lambda: session.is_decoding)
                 stack.enter_context(replaced(layer, forward))
+        if session.micro_batches is not None:
+            layers = decoder_layers(model)
+            for holder in layers:
+                forward = in_parts(holder, session.micro_batches, ends=holder is layers[-1])
+                stack.enter_context(replaced(holder, forward))
         model.set_attn_implementation(IMPLEMENTATION)
         _active = session
         try:

@@ -20,6 +20,7 @@ from shadowkv_cli.methods import (
     Row,
     build_groups,
 )
+from shadowkv_cli.methods.drift import Drift, DriftingRows
 from shadowkv_cli.model import exact_attention
 from shadowkv_cli.model.batch import Batch, Parts
 from shadowkv_cli.model.compression import Compression
@@ -27,6 +28,7 @@ from shadowkv_cli.model.failures import MethodFailure, blaming, specs_of
 from shadowkv_cli.model.forward import last_logits
 from shadowkv_cli.model.last_layer import attend_last
 from shadowkv_cli.model.loading import LoadedModel
+from shadowkv_cli.model.micro_batches import MicroBatches
 from shadowkv_cli.model.patches import attached
 from shadowkv_cli.model.residents import Frequencies, Prefix, Residents
 from shadowkv_cli.model.rotary import compute_table, rotary_module
@@ -99,6 +101,8 @@ class Session:
         self.compress(beside=True)
         self._captures = captures
         self._graphs: dict[Batch, StepGraph | None] = {}  # None: this batch can't be captured
+        self.micro_batches: MicroBatches | None = None
+        self.drift: Drift | None = None
         # Graphs are captured for few sizes of a batch; a CPU has none, and would work for nothing.
         self._decode_all(self.groups, padded=loaded.device.type != "cpu")
         self.lengths = torch.zeros(num_prompts, dtype=torch.long, device=loaded.device)
@@ -125,23 +129,50 @@ class Session:
         """Let methods take in a layer beside the model, on a GPU, or between its layers."""
         self._compression = Compression(self.store, self.groups, self.specs, beside=beside)
 
-    def focus(self, spec: MethodSpec, lanes: int = 1, captures: bool | None = None) -> None:
+    def focus(
+        self,
+        spec: MethodSpec,
+        lanes: int = 1,
+        captures: bool | None = None,
+        micro_batches: int = 1,
+    ) -> None:
         """Decode one cell alone from now on, unpadded; needs a session that merges no cells.
+
+        Its prompts come before.
 
         Args:
             spec: the cell.
-            lanes: parts of its rows whose fetches overlap; 1 where nothing is fetched.
+            lanes: parts of a micro-batch whose fetches overlap; 1 where nothing is fetched.
             captures: on a GPU, a step is one CUDA graph; None: as this session was made.
+            micro_batches: at most so many parts of its rows go through the layers one behind the
+                other, each fetching while another multiplies.
         """
         group = next(group for _, group in self.groups if group.rows[0].spec == spec)
         assert len(group.rows) == self.num_prompts, "the cells of this session are merged"
         self._captures = self._captures if captures is None else captures
         # A graph's memory goes with it, unless lanes keep something that lies there.
         self._graphs.clear()
-        group.drift = None
-        group.split_lanes(lanes)
-        self._decode_all([(list(range(self.num_prompts)), group)], padded=False)
+        self.drift = group.drift = None
+        group.split_lanes(1)
+        self.micro_batches, own = None, [group]
+        if micro_batches > 1 and len(group.rows) > 1:
+            own = group.micro_batches(micro_batches)
+            self.micro_batches = MicroBatches(self.loaded.device, len(own))
+        parts: list[tuple[list[int], Group]] = []
+        for part in own:
+            part.split_lanes(lanes)
+            if self.micro_batches is not None and self.loaded.device.type == "cuda":
+                part.turn = self.micro_batches.turn
+            first = sum(len(rows) for rows, _ in parts)
+            parts.append((list(range(first, first + len(part.rows))), part))
+        self._decode_all(parts, padded=False)
         self.reset()
+
+    def steer(self, drift: Drift) -> None:
+        """Let queries that drift select for the rows of the batch, until the next `focus`."""
+        self.drift = drift
+        for places, group in self.batch.decoding:
+            group.drift = DriftingRows(drift, slice(places[0], places[-1] + 1))
 
     def _decode_all(self, parts: Parts, *, padded: bool) -> None:
         """Decode these groups after every `reset`, each with the rows of the session it holds."""
@@ -285,13 +316,17 @@ class Session:
     def _append_layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         decoding = self.batch.decoding
         in_order = isinstance(self.batch.index[0], slice)
-        if in_order and len(decoding) == 1 and len(self.batch) == self.batch.bucket:
-            (_, group), *_ = decoding
+        group: Group | None = None
+        if self.micro_batches is not None and self.micro_batches.current is not None:
+            _, group = decoding[self.micro_batches.current]
+        elif in_order and len(decoding) == 1 and len(self.batch) == self.batch.bucket:
+            _, group = decoding[0]
+        if group is not None:
             with blaming(specs_of(group, range(len(group.rows)))):
                 group.append(layer, k, v)
                 return group.attend(layer, q, scale)
         out = torch.zeros_like(q)
-        for index, (_, group) in zip(self.batch.index, self.batch.decoding, strict=True):
+        for index, (_, group) in zip(self.batch.index, decoding, strict=True):
             with blaming(specs_of(group, range(len(group.rows)))):
                 group.append(layer, k[index], v[index])
                 out[index] = group.attend(layer, q[index], scale)
@@ -302,6 +337,10 @@ class Session:
     ) -> Tensor:
         """Logits of the last `keep` tokens of each row, float32 [rows, keep, V]."""
         self.phase, self.context_tokens = phase, before + ids.shape[1]
+        if self.micro_batches is not None:
+            rows = [index for index in self.batch.index if isinstance(index, slice)]
+            assert len(rows) == len(self.batch.index), "rows of a micro-batch are neighbours"
+            self.micro_batches.rows = rows if self.is_decoding else ()
         return last_logits(self.loaded.model, self, ids, positions, before, keep)
 
     def choose_backend(self) -> None:
@@ -463,7 +502,8 @@ class Session:
     def _forget(self) -> None:
         """Forget what was decoded, and go on with the same rows."""
         self.used = 0
-        for _, group in self.groups:
+        # Micro-batches count for themselves what they select and fetch.
+        for group in dict.fromkeys(g for _, g in (*self.groups, *self._whole.parts)):
             group.reset()
 
     def generate(
@@ -505,6 +545,12 @@ class Session:
     def attached(self) -> AbstractContextManager[None]:
         """Serve the model's attention for a while; every forward does so by itself, at a cost."""
         return attached(self.loaded.model, self)
+
+    def hit_rate(self, first_step: int, last_step: int) -> float | None:
+        """Share of the chunks that steps select which were at hand, see `Group.hit_rate`."""
+        counts = [g.chunk_counts(first_step, last_step) for _, g in self.batch.parts]
+        selected, fetched = (sum(own) for own in zip(*counts, strict=True))
+        return 1 - fetched / selected if selected else None
 
     def audit(self, row: int, generated_tokens: int) -> dict[str, Any]:
         """The budget audit of a row, see `Group.audit`."""

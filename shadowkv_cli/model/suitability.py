@@ -26,6 +26,7 @@ class _Recorder:
 
     context_tokens = PROBE_TOKENS
     fused: Fused | None = None
+    micro_batches = None
     is_decoding = False
     wants_last_token = False
 
