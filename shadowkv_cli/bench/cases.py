@@ -313,9 +313,7 @@ def make_cases(
     if settings.graphs and room.device.type == "cpu":
         raise UsageError("--graph says how a GPU decodes, and this is a CPU: leave it out.")
     before = {(r.get("spec", r["cell"]), r["context_length"], r["batch_rule"]): r for r in measured}
-    same = {
-        (r["cell"], r["context_length"], r["batch_rule"]): r for r in measured if r["error"] is None
-    }
+    same = {(r["cell"], r["context_length"], r["batch_rule"]): r for r in measured if "lanes" in r}
     cases = []
     for length, rule in itertools.product(settings.context_lengths, settings.batch_rules):
         rows = {spec: before.get((spec.cell, length, rule)) for spec in [*specs, FullSpec()]}
