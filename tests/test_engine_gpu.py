@@ -338,10 +338,9 @@ def test_a_session_that_nobody_wants_goes_before_a_capture_or_after_it() -> None
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
-@pytest.mark.parametrize("captures", [True, False])
-def in_parts_session(dtype: torch.dtype, rows: int, buffer: int = 2) -> Session:
+def in_parts_session(dtype: torch.dtype, rows: int) -> Session:
     """A filled session of one cell that fetches from the host."""
-    settings = SMALL | {"value_placement": "host", "value_buffer": str(buffer)}
+    settings = SMALL | {"value_placement": "host", "value_buffer": "2"}
     session = Session(
         on_gpu("llama", dtype), build_specs(["shadowkv"], settings), prompt_tokens=512,
         new_tokens=40, num_prompts=rows, merge_cells=False,
@@ -446,7 +445,11 @@ def test_micro_batches_reach_a_driven_hit_rate() -> None:
         assert session.hit_rate(33, 64) == pytest.approx(wanted, abs=0.02)
 
 
-def test_more_lanes_than_there_are_streams_decode_the_same(captures: bool) -> None:
+@pytest.mark.parametrize("captures", [True, False])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_more_lanes_than_there_are_streams_decode_the_same(
+    micro_batches: int, captures: bool
+) -> None:
     rows = 36
     (spec,) = build_specs(
         ["shadowkv"],
@@ -460,7 +463,7 @@ def test_more_lanes_than_there_are_streams_decode_the_same(captures: bool) -> No
     tokens = torch.tensor(prompt_of(20, seed=2), device="cuda")
     found = []
     for lanes in (1, rows):
-        session.focus(spec, lanes=lanes, captures=captures)
+        session.focus(spec, lanes=lanes, captures=captures, micro_batches=micro_batches)
         with session.attached():
             for token in tokens:
                 logits = session.next_tokens(token.expand(rows)).logits

@@ -115,6 +115,8 @@ class SparseGroup(Group):
         self._placed: tuple[Placed, Placed]
         """Keys and values of the last layer: held until all lanes have joined."""
         self._to_count: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._outputs: list[Tensor] = []
+        """Of the last layer's lanes: held until the next one, when others have waited for this."""
         self.stream: SideStream | None = None
         """Where a lane attends beside the others."""
         self.follows = False
@@ -144,6 +146,7 @@ class SparseGroup(Group):
         self.fetched = self.fetched[:, index].contiguous()
         self.selected = self.selected[:, index].contiguous()
         self._to_count = []
+        self._outputs = []
         self._parts = []
 
     def micro_batches(self, count: int) -> list[Self]:
@@ -244,6 +247,9 @@ class SparseGroup(Group):
         for lane, counter in zip(self.lanes, self._counter.split(sizes), strict=True):
             values = lane._placed[1]
             self._to_count.append((counter, values.ids, values.miss_counts))
+        # A lane of another micro-batch may have the same stream (torch has 32), and take the memory
+        # while this one's stream still reads it.
+        self._outputs = outputs
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _attend_chunks(self, layer: int, ids: Tensor, q: Tensor, scale: float) -> Tensor:
@@ -318,6 +324,7 @@ class SparseGroup(Group):
     def finish(self) -> None:
         """Count what the step selected and fetched; one sum over all layers."""
         super().finish()
+        self._outputs = []
         if not self._to_count:
             return
         counters, ids, misses = (torch.cat(parts) for parts in zip(*self._to_count, strict=True))
