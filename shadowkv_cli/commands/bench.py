@@ -75,8 +75,8 @@ def bench(
         typer.Option(
             metavar="N[,…]",
             help="Parts of a micro-batch whose fetches from the host overlap with each other's "
-            "work inside a layer; commas or repeats. [default: one for 2 sequences, at most 4; "
-            "of several micro-batches at most 2]",
+            "work inside a layer; commas or repeats. [default: one for every 2 sequences, at most "
+            "4; of several micro-batches at most 2]",
         ),
     ] = None,
     micro_batches: Annotated[
