@@ -388,7 +388,7 @@ def test_micro_batches_decode_what_all_rows_decode_at_once(micro_batches: int) -
     for lanes, captures in itertools.product((1, 2), (True, False)):
         session.focus(spec, lanes=lanes, captures=captures, micro_batches=micro_batches)
         logits, own = steps_of(session, tokens)
-        assert torch.allclose(logits, expected, atol=1e-3), (lanes, captures)
+        assert torch.allclose(logits, expected, atol=1e-2), (lanes, captures)
         assert own == counted, (lanes, captures)
     session.focus(spec, captures=True)
     assert torch.equal(steps_of(session, tokens)[0], expected), "all at once again"
