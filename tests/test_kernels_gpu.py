@@ -173,7 +173,7 @@ SELECTIONS = [
         Sizes(device=DEVICE, rows=rows, dim=dim, group=group, landmarks=landmarks,
               chunk_size=chunk_size, chunks=chunks, wanted=wanted, dtype=dtype)
         for rows, dim, group, landmarks, chunk_size, chunks, wanted, dtype in (
-            # One kernel of clusters: shares of four and of eight blocks that are even, odd, empty.
+            # One kernel of clusters: shares of eight blocks that are even, odd, empty.
             (5, 128, 4, 1, 4, 15_360, 256, BF16),
             (5, 128, 8, 2, 4, 4100, 300, FP16),
             (2, 128, 7, 1, 4, 15_000, 300, BF16),

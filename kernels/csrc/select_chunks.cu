@@ -63,23 +63,20 @@ void launch_best(const SelectParams& p, int64_t rows, const Device& device) {
 }
 
 /// False where the GPU has no clusters, or no code for them was compiled.
-template <typename T, typename Stored, int D, int HALVES, typename Room>
-bool launch_cluster(SelectParams& p, int64_t rows, bool follows, const Device& device) {
-  constexpr auto kernel = select_in_cluster<T, Stored, D, HALVES, Room>;
-  // Query heads lie in banks of their own.
-  p.share_stride = ceil_div(cluster_share(p.chunks, Room::BLOCKS), 32) * 32 + 8;
-  const size_t bytes = sizeof(Room) + static_cast<size_t>(p.group) * p.share_stride * sizeof(float);
-  if (bytes > MOST_CLUSTER_BYTES) return false;
+template <typename T, typename Stored, int D, int HALVES>
+bool launch_cluster(const SelectParams& p, int64_t rows, size_t bytes, bool follows,
+                    const Device& device) {
+  constexpr auto kernel = select_in_cluster<T, Stored, D, HALVES>;
   if (device.architecture(kernel) < 90 || bytes > device.most_shared()) return false;
   device.allow_shared(kernel, bytes);
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = Room::BLOCKS;
+  attributes[0].val.clusterDim.x = CLUSTER_BLOCKS;
   attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(Room::BLOCKS, p.heads, rows);
+  config.gridDim = dim3(CLUSTER_BLOCKS, p.heads, rows);
   config.blockDim = dim3(CLUSTER_THREADS);
   config.dynamicSmemBytes = bytes;
   config.stream = device.stream();
@@ -87,17 +84,6 @@ bool launch_cluster(SelectParams& p, int64_t rows, bool follows, const Device& d
   config.numAttrs = follows ? 2 : 1;
   check_cuda(cudaLaunchKernelEx(&config, kernel, p), "select_chunks");
   return true;
-}
-
-/// In clusters of four, of which two blocks leave half a processor to what else runs; where logits
-/// need more memory, of eight.
-template <typename T, typename Stored, int D>
-bool launch_any_cluster(SelectParams& p, int64_t rows, bool follows, const Device& device) {
-  if (p.group > 8) {
-    return launch_cluster<T, Stored, D, 2, ClusterRoom<8, 2>>(p, rows, follows, device);
-  }
-  return launch_cluster<T, Stored, D, 1, ClusterRoom<4, 3>>(p, rows, follows, device) ||
-         launch_cluster<T, Stored, D, 1, ClusterRoom<8, 2>>(p, rows, follows, device);
 }
 
 /// Select in one kernel; false where that takes what is not there: clusters, 16-bit queries, 1, 2 or
@@ -113,8 +99,17 @@ bool select_at_once(SelectParams& p, int64_t rows, bool follows, const Device& d
     const int64_t places = reinterpret_cast<int64_t>(p.landmarks) | p.landmark_prompt * size |
                            p.landmark_head * size;
     if (places % 16 != 0) return false;  // They are copied in bulk.
-    return p.scales ? launch_any_cluster<T, Fp8, D>(p, rows, follows, device)
-                    : launch_any_cluster<T, T, D>(p, rows, follows, device);
+    // Query heads lie in banks of their own.
+    p.share_stride = ceil_div(cluster_share(p.chunks), 32) * 32 + 8;
+    const size_t bytes =
+        sizeof(ClusterRoom) + static_cast<size_t>(p.group) * p.share_stride * sizeof(float);
+    if (bytes > MOST_CLUSTER_BYTES) return false;
+    if (p.group > 8) {
+      return p.scales ? launch_cluster<T, Fp8, D, 2>(p, rows, bytes, follows, device)
+                      : launch_cluster<T, T, D, 2>(p, rows, bytes, follows, device);
+    }
+    return p.scales ? launch_cluster<T, Fp8, D, 1>(p, rows, bytes, follows, device)
+                    : launch_cluster<T, T, D, 1>(p, rows, bytes, follows, device);
   }
 }
 

@@ -1,6 +1,6 @@
 // select_chunks as one kernel, where GPUs have clusters: the logits never leave shared memory.
 //
-// Four or eight blocks serve a row and KV head, each a range of its chunks, so that ids ascend with ranks.
+// Eight blocks serve a row and KV head, each a range of its chunks, so that ids ascend with ranks.
 // They exchange three things, each written before a barrier of the cluster and read behind it:
 // softmax totals; histograms of how far scores lie below the best; the few keys of the bin that
 // holds the last one wanted. Every block works out the same from them, where its own ids begin too.
@@ -13,16 +13,15 @@
 namespace shadowkv {
 
 /// Softmax norms of the query heads and each one's best score, from the totals of all blocks.
-template <typename Room>
-__device__ inline void find_cluster_norms(Room& room, int group) {
-  const int g = threadIdx.x / Room::BLOCKS, rank = threadIdx.x % Room::BLOCKS;
-  if (threadIdx.x / 32 * 32 >= MAX_QUERY_GROUP * Room::BLOCKS) return;  // whole warps
+__device__ inline void find_cluster_norms(ClusterRoom& room, int group) {
+  const int g = threadIdx.x / CLUSTER_BLOCKS, rank = threadIdx.x % CLUSTER_BLOCKS;
+  if (threadIdx.x / 32 * 32 >= MAX_QUERY_GROUP * CLUSTER_BLOCKS) return;  // whole warps
   Softmax softmax;
   if (g < group) {
     const float2 own = of_rank(room.totals, rank)[g];
     softmax.highest = own.x, softmax.total = own.y;
   }
-  softmax.add_lanes(Room::BLOCKS - 1);
+  softmax.add_lanes(CLUSTER_BLOCKS - 1);
   if (rank == 0 && g < group) {
     const bool any = softmax.highest != -INFINITY;
     const float norm = any ? softmax.highest + log2f(softmax.total) : 0.f;
@@ -31,8 +30,7 @@ __device__ inline void find_cluster_norms(Room& room, int group) {
 }
 
 /// Key of each chunk into the place of head 0's logit, and into the bins by its distance to `best`.
-template <typename Room>
-__device__ inline void rank_share(const SelectParams& p, Room& room, float* scores, int chunks,
+__device__ inline void rank_share(const SelectParams& p, ClusterRoom& room, float* scores, int chunks,
                                   float best_of_all) {
   for (int first = threadIdx.x * 4; first < chunks; first += CLUSTER_THREADS * 4) {
     float best[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
@@ -52,21 +50,21 @@ __device__ inline void rank_share(const SelectParams& p, Room& room, float* scor
   }
 }
 
-/// Grid [BLOCKS, Hk, R] in clusters of that size: ids of the best chunks of a row and KV head, ascending, then -1.
+/// Grid [8, Hk, R] in clusters of 8: ids of the best chunks of a row and KV head, ascending, then -1.
 ///
 /// HALVES: 1 where at most 8 query heads share a KV head, else 2.
-template <typename T, typename Stored, int D, int HALVES, typename Room>
+template <typename T, typename Stored, int D, int HALVES>
 __global__ void __launch_bounds__(CLUSTER_THREADS, HALVES == 1 ? 3 : 2)
     select_in_cluster(const __grid_constant__ SelectParams p) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) char cluster_shared[];
-  Room& room = *reinterpret_cast<Room*>(cluster_shared);
-  float* scores = reinterpret_cast<float*>(cluster_shared + sizeof(Room));
+  ClusterRoom& room = *reinterpret_cast<ClusterRoom*>(cluster_shared);
+  float* scores = reinterpret_cast<float*>(cluster_shared + sizeof(ClusterRoom));
   const int64_t r = blockIdx.z, head = blockIdx.y, plane = r * p.heads + head;
   const int64_t prompt = p.prompt_index[r];
   const int count = max(min(p.num_chunks[r], p.chunks), 0);
   // By the row's own count, so that the blocks of a short row have equal shares too.
-  const int share = cluster_share(count, Room::BLOCKS), rank = cluster_rank();
+  const int share = cluster_share(count), rank = cluster_rank();
   const int first = min(rank * share, count), chunks = min(share, count - first);
 
   const int64_t first_landmark = static_cast<int64_t>(first) * p.per_chunk;
@@ -102,7 +100,7 @@ __global__ void __launch_bounds__(CLUSTER_THREADS, HALVES == 1 ? 3 : 2)
   int wanted = max(min(p.budget_chunks[r], p.max_chunks), 0);
   int in_lower = find_cluster_bin(room, rank, wanted);
   for (int i = wanted + rank * CLUSTER_THREADS + threadIdx.x; i < p.max_chunks;
-       i += Room::BLOCKS * CLUSTER_THREADS) {
+       i += CLUSTER_BLOCKS * CLUSTER_THREADS) {
     ids[i] = -1;
   }
   if (wanted > 0) {

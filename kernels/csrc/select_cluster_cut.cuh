@@ -13,21 +13,18 @@ struct CutRoom {
   uint2 tied[MOST_TIED];           // key and id, rank by rank: first a block's own, then all
 };
 
-/// BLOCKS: of a cluster. STAGES: of the ring of each warp.
-template <int BLOCKS_, int STAGES_>
 struct alignas(128) ClusterRoom {
-  static constexpr int BLOCKS = BLOCKS_, STAGES = STAGES_;
   union {
-    char ring[CLUSTER_THREADS / 32][STAGES * CLUSTER_STAGE_BYTES];  // landmarks on their way, first
-    CutRoom cut;  // then what finds the last key
+    char ring[CLUSTER_RING_BYTES];  // landmarks on their way, first
+    CutRoom cut;                    // then what finds the last key
   };
-  uint64_t barriers[CLUSTER_THREADS / 32][STAGES];
+  uint64_t barriers[CLUSTER_THREADS / 32][CLUSTER_STAGES];
   uint64_t scan[33];
   float2 totals[MAX_QUERY_GROUP], of_warps[CLUSTER_THREADS / 32][MAX_QUERY_GROUP];
   float norms[MAX_QUERY_GROUP], peaks[MAX_QUERY_GROUP];
   int bin, above;             // the bin of the last key wanted; keys in better ones
   int in_bin, in_bin_before;  // keys in it, of all blocks and of lower ranks
-  int ends[BLOCKS];   // where a rank's part of `tied` ends
+  int ends[CLUSTER_BLOCKS];   // where a rank's part of `tied` ends
   int placed, cut_id;
   uint32_t cut_key;
 };
@@ -41,14 +38,12 @@ __device__ inline void set_key(float* scores, int c, uint32_t key) {
   scores[c] = __uint_as_float(key);
 }
 
-template <typename Room>
-__device__ inline void clear_bins(Room& room) {
+__device__ inline void clear_bins(ClusterRoom& room) {
   for (int i = threadIdx.x; i < SELECT_BINS / 2; i += CLUSTER_THREADS) room.cut.bins[i] = 0;
 }
 
 /// Counts of 16 bits: a row has at most MOST_CLUSTER_CHUNKS.
-template <typename Room>
-__device__ inline void count_in_bin(Room& room, int bin) {
+__device__ inline void count_in_bin(ClusterRoom& room, int bin) {
   atomicAdd(&room.cut.bins[bin / 2], bin % 2 ? 1u << 16 : 1u);
 }
 
@@ -58,11 +53,10 @@ __device__ inline int count_of(uint32_t two, int bin) {
 
 /// Find the bin of the `wanted`-th key of the cluster, lowest bin first; fewer are wanted where fewer
 /// are there. Returns how many keys lower ranks have in the better ones of this thread's bins.
-template <typename Room>
-__device__ inline int find_cluster_bin(Room& room, int rank, int& wanted) {
+__device__ inline int find_cluster_bin(ClusterRoom& room, int rank, int& wanted) {
   uint32_t of_all[OWN_BINS / 2] = {}, of_lower[OWN_BINS / 2] = {};  // two sums a word, too
 #pragma unroll
-  for (int r = 0; r < Room::BLOCKS; ++r) {
+  for (int r = 0; r < CLUSTER_BLOCKS; ++r) {
     const uint4 four = reinterpret_cast<const uint4*>(of_rank(room.cut.bins, r))[threadIdx.x];
     const uint32_t words[OWN_BINS / 2] = {four.x, four.y, four.z, four.w};
 #pragma unroll
@@ -100,19 +94,18 @@ __device__ inline int find_cluster_bin(Room& room, int rank, int& wanted) {
 /// Find the last key that is wanted, and the highest id that may have it, by comparing all keys of
 /// its bin with each other. Returns the chosen ones of lower ranks that this thread has seen.
 /// Arrives at the barrier behind which no other block's memory is read.
-template <typename Room>
-__device__ inline int cut_by_list(Room& room, int rank, const float* scores, int first,
+__device__ inline int cut_by_list(ClusterRoom& room, int rank, const float* scores, int first,
                                   int chunks, int wanted, float best) {
   const int all = room.in_bin, begin = room.in_bin_before;
   if (threadIdx.x < 32) {  // While other warps look for the keys.
-    const int r = threadIdx.x % Room::BLOCKS;
+    const int r = threadIdx.x % CLUSTER_BLOCKS;
     int end = count_of(of_rank(room.cut.bins, r)[room.bin / 2], room.bin);
 #pragma unroll
-    for (int step = 1; step < Room::BLOCKS; step *= 2) {
+    for (int step = 1; step < CLUSTER_BLOCKS; step *= 2) {
       const int before = __shfl_up_sync(ALL_LANES, end, step);
       if (r >= step) end += before;
     }
-    if (threadIdx.x < Room::BLOCKS) room.ends[r] = end;
+    if (threadIdx.x < CLUSTER_BLOCKS) room.ends[r] = end;
   }
   for (int c = threadIdx.x; c < chunks; c += CLUSTER_THREADS) {
     const uint32_t key = key_at(scores, c);
@@ -125,7 +118,7 @@ __device__ inline int cut_by_list(Room& room, int rank, const float* scores, int
   for (int i = threadIdx.x; i < all; i += CLUSTER_THREADS) {
     int owner = 0;
 #pragma unroll
-    for (int r = 0; r < Room::BLOCKS - 1; ++r) owner += room.ends[r] <= i;
+    for (int r = 0; r < CLUSTER_BLOCKS - 1; ++r) owner += room.ends[r] <= i;
     if (owner != rank) room.cut.tied[i] = of_rank(room.cut.tied, owner)[i];
   }
   cluster_arrive();
@@ -151,8 +144,7 @@ __device__ inline int cut_by_list(Room& room, int rank, const float* scores, int
 
 /// The same for any keys, 11 bits at a time, where a bin holds too many of them. Returns the chosen
 /// ones of lower ranks that this thread has counted, those in better bins too.
-template <typename Room>
-__device__ inline int cut_by_digits(Room& room, int rank, const float* scores, int first,
+__device__ inline int cut_by_digits(ClusterRoom& room, int rank, const float* scores, int first,
                                     int chunks, int wanted) {
   constexpr int BITS = 11;
   static_assert(1 << BITS == SELECT_BINS);
@@ -199,8 +191,7 @@ __device__ inline int cut_by_digits(Room& room, int rank, const float* scores, i
 
 /// Write a block's ids of keys above the cut, and of those equal to it up to its id, ascending.
 /// `in_lower`: summed over the threads, the ids that lower ranks write.
-template <typename Room>
-__device__ inline void write_share(Room& room, const float* scores, int first, int chunks,
+__device__ inline void write_share(ClusterRoom& room, const float* scores, int first, int chunks,
                                    int in_lower, int* ids) {
   const uint32_t cut = room.cut_key;
   const int last = room.cut_id;

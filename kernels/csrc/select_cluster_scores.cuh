@@ -63,10 +63,10 @@ struct StageNotes {
 /// `per_chunk` is 1, 2 or 4: a chunk's landmarks are neighbours in a row of a product, two a lane.
 /// The pointers are those of the first of the `chunks`. Of a last tile that is not full, the chunks
 /// that are not there are barred.
-template <typename T, typename Stored, int D, int HALVES, typename Room>
+template <typename T, typename Stored, int D, int HALVES>
 __device__ void score_share(const SelectParams& p, const T* queries, const Stored* landmarks,
                             const float* scales, const bool* excluded, int chunks, float* scores,
-                            Room& room) {
+                            ClusterRoom& room) {
   using Product = ProductOf<T, Stored>;
   using Piece = Pieces<Stored, D>;
   constexpr int STEPS = Piece::DIMS / 4, TILES = STAGE_TILES<Stored, D>, ROWS = TILES * 8;
@@ -75,10 +75,11 @@ __device__ void score_share(const SelectParams& p, const T* queries, const Store
   const int per_chunk = p.per_chunk, shift = per_chunk / 2, count = chunks * per_chunk;
   const int stages = (count + ROWS - 1) / ROWS;
   uint64_t* barriers = room.barriers[warp];
-  Stored* ring = reinterpret_cast<Stored*>(room.ring[warp]);
+  Stored* ring =
+      reinterpret_cast<Stored*>(room.ring + warp * CLUSTER_STAGES * CLUSTER_STAGE_BYTES);
   const uint64_t policy = evict_first();
   if (lane == 0) {
-    for (int s = 0; s < Room::STAGES; ++s) init_barrier(&barriers[s]);
+    for (int s = 0; s < CLUSTER_STAGES; ++s) init_barrier(&barriers[s]);
   }
   __syncwarp();
 
@@ -104,9 +105,9 @@ __device__ void score_share(const SelectParams& p, const T* queries, const Store
     }
     return notes;
   };
-  StageNotes<TILES> notes[Room::STAGES];
+  StageNotes<TILES> notes[CLUSTER_STAGES];
 #pragma unroll
-  for (int s = 0; s < Room::STAGES; ++s) {
+  for (int s = 0; s < CLUSTER_STAGES; ++s) {
     const int stage = warp + s * CLUSTER_WARPS;
     if (stage < stages) notes[s] = begin(s, stage);
   }
@@ -163,9 +164,9 @@ __device__ void score_share(const SelectParams& p, const T* queries, const Store
   };
 
   uint32_t parity = 0;
-  for (int round = warp; round < stages; round += Room::STAGES * CLUSTER_WARPS) {
+  for (int round = warp; round < stages; round += CLUSTER_STAGES * CLUSTER_WARPS) {
 #pragma unroll
-    for (int s = 0; s < Room::STAGES; ++s) {
+    for (int s = 0; s < CLUSTER_STAGES; ++s) {
       const int stage = round + s * CLUSTER_WARPS;
       if (stage >= stages) break;
       while (!is_complete(&barriers[s], parity)) {
@@ -181,7 +182,7 @@ __device__ void score_share(const SelectParams& p, const T* queries, const Store
       }
       const StageNotes<TILES> own = notes[s];
       __syncwarp();
-      const int next = stage + Room::STAGES * CLUSTER_WARPS;
+      const int next = stage + CLUSTER_STAGES * CLUSTER_WARPS;
       if (next < stages) notes[s] = begin(s, next);
 #pragma unroll
       for (int n = 0; n < TILES; ++n) {

@@ -35,14 +35,16 @@ constexpr int SELECT_DIGIT_BITS = 10;
 constexpr int SELECT_THREADS = 1 << (SELECT_DIGIT_BITS - 1);
 constexpr int SELECT_BINS = 2048;
 constexpr int MOST_TIED = 1024;  // keys in a bin that are compared with each other
+constexpr int CLUSTER_BLOCKS = 8;  // of a row and KV head, in one kernel; the most that is portable
 constexpr int CLUSTER_THREADS = SELECT_BINS / 8;
-/// Of the landmarks that a warp of a cluster has under way, in stages.
-constexpr int CLUSTER_STAGE_BYTES = 2048;
+/// Landmarks that a warp of a cluster has under way: bytes of a stage, and stages.
+constexpr int CLUSTER_STAGE_BYTES = 2048, CLUSTER_STAGES = 2;
+constexpr int CLUSTER_RING_BYTES = CLUSTER_THREADS / 32 * CLUSTER_STAGES * CLUSTER_STAGE_BYTES;
 constexpr int MOST_CLUSTER_CHUNKS = (1 << 16) - 1;
 
-/// Chunks of a block of a cluster of so many: whole tiles of eight.
-__host__ __device__ constexpr int cluster_share(int chunks, int blocks) {
-  return (chunks + blocks * 8 - 1) / (blocks * 8) * 8;
+/// Chunks of a block of a cluster: whole tiles of eight.
+__host__ __device__ constexpr int cluster_share(int chunks) {
+  return (chunks + CLUSTER_BLOCKS * 8 - 1) / (CLUSTER_BLOCKS * 8) * 8;
 }
 
 }  // namespace shadowkv
