@@ -170,6 +170,30 @@ def test_a_figure_is_told_with_the_run_that_gave_it() -> None:
     }  # fmt: skip
 
 
+def test_a_ratio_has_both_sides_from_one_run_and_limits_are_of_all() -> None:
+    manifests = [
+        {"environment": {"git": {"commit": name}, "gpu": {"name": "H100"}}, "command": [name]}
+        for name in ("first", "second")
+    ]
+    runs: list[Any] = [SimpleNamespace(manifest=manifest) for manifest in manifests]
+    busy, calm = ({"phase_ms": {"matrix products": ms}} for ms in (7.0, 5.0))
+    first = [row("full", 100), driven(405, 0.59, **busy)]
+    second = [row("full", 90), driven(380, 0.59, **calm)]
+    alone = [Run(first, []), Run(second, [])]
+    found = {r["name"]: r for r in judge(TARGETS, Run([*first, *second], []), runs, alone)}
+    ratio = found["exact bf16, hits driven to 60 %"]
+    assert (ratio["measured"], ratio["commit"]) == (pytest.approx(380 / 90, abs=1e-3), "second")
+    dense = found["dense part of a step, all batches"]
+    assert (dense["measured"], dense["commit"], dense["met"]) == (7.0, "first", False)
+
+
+def test_the_phases_of_micro_batches_are_no_dense_part() -> None:
+    """They run beside the other's fetches, which makes them long."""
+    rows = [driven(400, 0.88, phase_ms={"matrix products": 6.0})]
+    rows.append(driven(500, 0.59, phase_ms={"matrix products": 40.0}, micro_batches=2))
+    assert measured(Run(rows, []))["dense part of a step, all batches"] == 6.0
+
+
 def test_runs_of_other_devices_are_not_mixed(small_run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()

@@ -56,16 +56,22 @@ def judge(
 
     Args:
         measured: by all runs together.
-        alone: by each of them; a figure is told with commands and commit of the first that gives
-            it. One that none gives alone has the commands of all, and the first one's commit.
+        alone: by each of them. A figure that is to be at least so much is that of the best run, so
+            that a ratio never has its sides from two. Each is told with commands and commit of the
+            first run that gives it; one that none gives alone has the commands of all, and the
+            first one's commit.
     """
     rows = []
     for target in targets:
         figure, wanted = target.measure(measured), target.wanted(measured)
+        own = [target.measure(one) for one in alone]
+        found = [one for one in own if one is not None]
+        if found and not target.is_limit:
+            figure = max(found)
         gave = [
             run
-            for run, own in zip(runs, alone, strict=bool(alone))
-            if figure is not None and target.measure(own) == figure
+            for run, one in zip(runs, own, strict=bool(alone))
+            if figure is not None and one == figure
         ]
         told = gave[:1] or runs
         git = told[0].manifest["environment"].get("git") or {}

@@ -129,9 +129,16 @@ class Run:
         return speed / batch / (OFFICIAL_TOKENS_PER_S / OFFICIAL_BATCH)
 
     def dense_ms(self) -> float | None:
-        """The most that matrix products and the ops around them take in any row."""
+        """The most that matrix products and the ops around them take in any row.
+
+        Of micro-batches nothing can be told: theirs run beside the other's fetches.
+        """
         parts = ("matrix products", "layer ops", "other")
-        shown = [r["phase_ms"] for r in self.rows if r.get("phase_ms")]
+        shown = [
+            r["phase_ms"]
+            for r in self.rows
+            if r.get("phase_ms") and r.get("micro_batches", 1) == 1
+        ]
         return max((sum(p.get(part, 0.0) for part in parts) for p in shown), default=None)
 
     def op(self, name: str, field: str, batch: int | None = None) -> float | None:

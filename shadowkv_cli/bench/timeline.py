@@ -12,7 +12,7 @@ STEPS = 4
 PHASES = {
     "select": ("select_in_cluster", "score_chunks", "select_best"),
     "residency": ("place_chunks",),
-    "fetch": ("copy_chunks",),
+    "fetch": ("fetch_in_bulk", "copy_chunks"),
     "rebuild": ("rebuild_tiles", "rebuild_float"),
     "attention": ("attend_tiles", "attend_tokens", "merge_splits", "flash", "fmha"),
     "layer ops": ("normalise_", "rotate_units", "gate", "append_"),
