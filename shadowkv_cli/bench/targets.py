@@ -135,9 +135,7 @@ class Run:
         """
         parts = ("matrix products", "layer ops", "other")
         shown = [
-            r["phase_ms"]
-            for r in self.rows
-            if r.get("phase_ms") and r.get("micro_batches", 1) == 1
+            r["phase_ms"] for r in self.rows if r.get("phase_ms") and r.get("micro_batches", 1) == 1
         ]
         return max((sum(p.get(part, 0.0) for part in parts) for p in shown), default=None)
 
