@@ -98,6 +98,30 @@ def test_steps_are_foretold_as_the_reference_run_measured_them() -> None:
         assert found["step"] == pytest.approx(measured, rel=0.08), cell
 
 
+def test_a_step_of_micro_batches_is_foretold_as_it_was_measured() -> None:
+    run = RUN.with_name("h100-decode-micro-batches")
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    probe = Probe(**manifest["environment"]["probe"])
+    lines = (run / "throughput.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    setting = {"sparse_budget": "2048", "outlier_chunks": "48", "value_placement": "host"}
+    (spec,) = build_specs(["shadowkv:value_buffer=4,key_buffer=4"], setting)
+    own = [row for row in rows if row["micro_batches"] == 2]
+    assert {row["spec"] for row in own} == {spec.cell}
+
+    def foretold(micro_batches: int) -> float:
+        tokens, batch, lanes = (own[0][key] for key in ("prompt_tokens", "batch_size", "lanes"))
+        hits = own[0]["hit_rate"]
+        return phase_ms(
+            spec, LLAMA, WEIGHTS, probe, tokens, batch,
+            hit_rate=hits, lanes=lanes, micro_batches=micro_batches,
+        )["step"]  # fmt: skip
+
+    measured = median(row["step_ms_p50"] for row in own)
+    assert foretold(2) == pytest.approx(measured, rel=0.08)
+    assert foretold(2) < foretold(1), "which is why it was measured with two"
+
+
 def test_bytes_of_phases_are_those_of_the_items_that_a_step_reads() -> None:
     settings = {"sparse_budget": "2048", "outlier_chunks": "48", "value_placement": "host"}
     full, ours = build_specs(["full", "shadowkv"], settings)
