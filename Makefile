@@ -68,7 +68,7 @@ demo: ## Build data, evaluate, sweep and plot with the bundled model, on a CPU, 
 	$(SHADOWKV) eval --model demo --data $(DEMO_DATA) --num-samples 3 \
 		--method full,shadowkv,oracle,random,streaming --output $(DEMO_RUN)-eval
 	$(SHADOWKV) sweep --model demo --data $(DEMO_DATA) --context-length 4k \
-		--sparse-budget 32,128,512 --rank 16,64 --chunk-size 4,16 --decode-steps 24 \
+		--sparse-budget 32,128,512 --rank 16,64 --chunk-size 4,16 --decode-steps 24 --rounds 9 \
 		--output $(DEMO_RUN)-sweep
 	@echo "Next: two landmarks a chunk at the same budget,"
 	@echo "  $(BIN)/shadowkv eval --model demo --data $(DEMO_DATA) --method full,shadowkv" \
