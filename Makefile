@@ -160,8 +160,8 @@ bench-lengths: kernels ## The same at 61,440 and 245,760 tokens, after bench-gpu
 	$(BIN)/python -m shadowkv_cli.bench.targets $(GPU_RUN) $(GPU_RUN)-lengths
 	@$(SHADOWKV) plot $(GPU_RUN)-lengths
 
-bench-levers: kernels ## What buffers, lanes and the graph give, one at a time: some 6 minutes
-	$(LEVERS) --value-buffer 4,1.5,2 --key-buffer 4,2 --lanes 2,1,4 --graph on,off
+bench-levers: kernels ## What buffers, lanes, micro-batches and the graph give, one at a time: some 6 minutes
+	$(LEVERS) --value-buffer 4,1.5,2 --key-buffer 4,2 --lanes 2,1,4 --micro-batches 1,2 --graph on,off
 	$(BIN)/python -m shadowkv_cli.bench.levers $(GPU_RUN)-levers
 
 bench-levers-bytes: kernels ## And what 8 bits and resident layers give, after bench-levers: some 6 minutes

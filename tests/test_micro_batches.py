@@ -16,7 +16,8 @@ from shadowkv_cli.cli import run
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.methods.shadowkv import ShadowKVGroup
 from shadowkv_cli.model.failures import MethodFailure
-from shadowkv_cli.model.micro_batches import MicroBatches, decoder_layers, in_parts
+from shadowkv_cli.model.micro_batches import MicroBatches, in_parts
+from shadowkv_cli.model.rotary import decoder_layers
 from shadowkv_cli.model.session import Session
 from shadowkv_cli.results import read_run
 from shadowkv_cli.testing import FAMILIES, tiny_model

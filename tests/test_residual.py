@@ -12,34 +12,21 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from shadowkv_cli.model.long_prompts import LinearInto
 from shadowkv_cli.model.replacing import replaced
 from shadowkv_cli.model.residual import adding, plain_layers
-
-SIZES = {
-    "vocab_size": 101,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-}
+from shadowkv_cli.model.rotary import decoder_layers
+from shadowkv_cli.testing import FAMILIES, tiny_model
 
 
-def tiny(family: str, **settings: Any) -> Any:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SIZES, **settings)
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "glm", "mistral"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_layers_of_most_families_are_plain(family: str) -> None:
-    model = tiny(family, **({"head_dim": 16} if family == "glm" else {}))
-    assert plain_layers(model) == list(model.model.layers)
+    model = tiny_model(family).model
+    assert plain_layers(model) == decoder_layers(model)
 
 
 def test_layers_that_do_something_else_are_not() -> None:
-    assert plain_layers(tiny("olmo2")) == [], "its norms come behind"
-    model = tiny("llama")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("olmo2", vocab_size=101, intermediate_size=96, **sizes)
+    assert plain_layers(AutoModelForCausalLM.from_config(config)) == [], "its norms come behind"
+    model: Any = tiny_model("llama").model
     kind = type(model.model.layers[0])
 
     class Scaled(kind):

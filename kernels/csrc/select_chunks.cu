@@ -124,7 +124,10 @@ Tensor select_chunks(Tensor query, Tensor landmarks, std::optional<Tensor> landm
   check_sizes(landmarks, op, "landmarks", {-1, -1, -1, -1, dim});
   const int64_t heads = landmarks.size(1), chunks = landmarks.size(2), parts = landmarks.size(3);
   const Device device(query, op, "query");
+  const void* given = query.data_ptr();
   query = dense_query(query);
+  // The kernel before would be that of the copy, and what it writes is read here.
+  follows = follows && query.data_ptr() == given;
   check_landmarks(op, landmarks, landmark_scales, query);
   check_table(prompt_index, op, "prompt_index", query, {rows});
   check_table(num_chunks, op, "num_chunks", query, {rows});

@@ -5,23 +5,16 @@ Keys and values of the layer are those of all tokens; queries attend, and the ML
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from shadowkv_cli import ops
-from shadowkv_cli.model.rotary import attention_modules
+from shadowkv_cli.model.rotary import decoder_layers
 
 
 def last_mlp(model: nn.Module) -> nn.Module | None:
     """The MLP beside the last layer's attention; None in a family that calls it otherwise."""
-    last = attention_modules(model)[-1]
-    for module in model.modules():
-        children: dict[str, Any] = dict(module.named_children())
-        if any(child is last for child in children.values()):
-            return children.get("mlp")
-    return None
+    return dict(decoder_layers(model)[-1].named_children()).get("mlp")
 
 
 def attend_last(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

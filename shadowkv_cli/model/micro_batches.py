@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.methods.side_stream import Join
 from shadowkv_cli.model.replacing import Forward
-from shadowkv_cli.model.rotary import attention_modules
 
 
 @functools.cache
@@ -96,12 +95,6 @@ def _cut(value: Any, everybody: int, rows: slice) -> Any:
     if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == everybody:
         return value[rows]
     return value
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The modules that hold an attention module each, in order."""
-    holders = {child: module for module in model.modules() for child in module.children()}
-    return [holders[attention] for attention in attention_modules(model)]
 
 
 def in_parts(layer: nn.Module, parts: MicroBatches, *, ends: bool) -> Forward:

@@ -21,10 +21,10 @@ from shadowkv_cli.model.long_prompts import (
     tiled,
     tiled_in_place,
 )
-from shadowkv_cli.model.micro_batches import MicroBatches, decoder_layers, in_parts
+from shadowkv_cli.model.micro_batches import MicroBatches, in_parts
 from shadowkv_cli.model.replacing import replaced
 from shadowkv_cli.model.residual import adding
-from shadowkv_cli.model.rotary import attention_modules, rotary_module
+from shadowkv_cli.model.rotary import attention_modules, decoder_layers, rotary_module
 
 ROTATION = "apply_rotary_pos_emb"
 

@@ -38,6 +38,12 @@ def attention_modules(model: nn.Module) -> list[Any]:
     return sorted(found, key=lambda m: int(m.layer_idx))
 
 
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The modules that hold an attention module each, in order."""
+    holders = {child: module for module in model.modules() for child in module.children()}
+    return [holders[attention] for attention in attention_modules(model)]
+
+
 def head_dim(model: nn.Module) -> int:
     """Dimensions of a key. Raises UsageError for keys that are compressed (latent attention)."""
     dim = getattr(attention_modules(model)[0], "head_dim", None)
