@@ -278,6 +278,26 @@ def test_select_chunks_leaves_out_heads_that_are_no_numbers(value: float, landma
     assert (kernel("select_chunks", arguments) == -1).all()
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(("rows", "chunks", "group"), [(24, 15_360, 4), (48, 3000, 4), (24, 3000, 8)])
+def test_select_chunks_chooses_beside_others_what_it_chooses_alone(
+    rows: int, chunks: int, group: int, fp8: bool
+) -> None:
+    """More planes than run at once: some rank their chunks, with atomics, while others read."""
+    sizes = Sizes(rows=rows, prompts=rows, heads=8, group=group, dim=128, chunks=chunks, wanted=200,
+                  fp8=fp8, poison=False, device=DEVICE)  # fmt: skip
+    arguments = cases.select_arguments(sizes)
+    own = ("query", "prompt_index", "num_chunks", "excluded", "budget_chunks")
+    alone = []
+    for row in range(rows):
+        alone.append(
+            kernel("select_chunks", arguments | {k: arguments[k][row : row + 1] for k in own})
+        )
+        torch.cuda.synchronize()
+    for _ in range(20):
+        assert torch.equal(kernel("select_chunks", arguments), torch.cat(alone))
+
+
 @every_size
 def test_update_residency(sizes: Sizes) -> None:
     """Equal to the bit over steps, with rows that may use fewer slots than there are."""

@@ -107,8 +107,8 @@ __global__ void __launch_bounds__(BULK_THREADS, 32)
         convert_piece<T>(shared + there * BULK_PIECE, to, __shfl_sync(ALL_LANES, piece.bytes, lane),
                          __shfl_sync(ALL_LANES, piece.scale, lane));
       }
+      fence_bulk();  // What all lanes read comes before what the next copies bring.
       __syncwarp();
-      fence_bulk();
     }
     if (more) load_bulk(held, next.from, next.bytes, barrier);
   }

@@ -181,6 +181,7 @@ __device__ void score_share(const SelectParams& p, const T* queries, const Store
         }
       }
       const StageNotes<TILES> own = notes[s];
+      fence_bulk();  // A read that still waits would find what the next copy brings.
       __syncwarp();
       const int next = stage + CLUSTER_STAGES * CLUSTER_WARPS;
       if (next < stages) notes[s] = begin(s, next);

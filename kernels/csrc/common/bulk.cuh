@@ -6,7 +6,9 @@
 
 namespace shadowkv {
 
-/// What this thread did to shared memory comes before the copies that it begins from here on.
+/// What this thread did to shared memory comes before the copies that it begins from here on. So do
+/// reads only with this: one can wait in a queue, behind the atomics of another block, for longer
+/// than a copy takes.
 __device__ inline void fence_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 /// A barrier that one `load_bulk` at a time completes.
