@@ -18,6 +18,7 @@ from torch import Tensor
 
 from shadowkv_cli import ops
 from shadowkv_cli.ops import cases, compiled, layer_cases
+from shadowkv_cli.ops.await_rows import Progress
 from shadowkv_cli.ops.cases import Sizes, random_sizes
 
 pytestmark = pytest.mark.gpu
@@ -279,7 +280,9 @@ def test_select_chunks_leaves_out_heads_that_are_no_numbers(value: float, landma
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize(("rows", "chunks", "group"), [(24, 15_360, 4), (48, 3000, 4), (24, 3000, 8)])
+@pytest.mark.parametrize(
+    ("rows", "chunks", "group"), [(24, 15_360, 4), (48, 3000, 4), (24, 3000, 8), (24, 3000, 16)]
+)
 def test_select_chunks_chooses_beside_others_what_it_chooses_alone(
     rows: int, chunks: int, group: int, fp8: bool
 ) -> None:
@@ -287,7 +290,7 @@ def test_select_chunks_chooses_beside_others_what_it_chooses_alone(
     sizes = Sizes(rows=rows, prompts=rows, heads=8, group=group, dim=128, chunks=chunks, wanted=200,
                   fp8=fp8, poison=False, device=DEVICE)  # fmt: skip
     arguments = cases.select_arguments(sizes)
-    own = ("query", "prompt_index", "num_chunks", "excluded", "budget_chunks")
+    own = ("query", "prompt_index", "num_chunks", "excluded", "budget_chunks", "done")
     alone = []
     for row in range(rows):
         alone.append(
@@ -586,31 +589,53 @@ def test_a_graph_serves_other_inputs(name: str, fp8: bool, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("captured", [False, True])
-@pytest.mark.parametrize("fp8", [False, True])
-def test_selections_that_follow_each_other_choose_the_same(fp8: bool, captured: bool) -> None:
-    """Each begins before the one before has ended."""
-    sizes = Sizes(rows=4, prompts=4, heads=8, dim=128, chunks=3000, wanted=60, fp8=fp8)
-    calls = [cases.select_arguments(replace(sizes, device=DEVICE, seed=seed)) for seed in range(6)]
-    expected = [kernel("select_chunks", arguments) for arguments in calls]
-    for place, arguments in enumerate(calls):
-        arguments["follows"] = place > 0
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        Sizes(rows=24, heads=8, dim=128, chunks=3000, wanted=60, poison=False),
+        Sizes(rows=24, heads=8, dim=128, chunks=3000, wanted=60, poison=False, fp8=True),
+        Sizes(rows=5, chunks=700, wanted=60, landmarks=3, chunk_size=12),  # in two kernels
+        Sizes(rows=3, chunks=0, wanted=0, poison=False),
+    ],
+    ids=["one kernel", "fp8", "two kernels", "none"],
+)
+def test_rows_are_done_before_the_selection_is(sizes: Sizes, captured: bool) -> None:
+    """Work on another stream waits for some rows, and finds their ids; again and again."""
+    arguments = cases.select_arguments(replace(sizes, device=DEVICE))
+    expected = kernel("select_chunks", arguments)
+    progress, rows = Progress(sizes.rows, torch.device(DEVICE)), range(sizes.rows)
+    parts = [slice(rows[i], rows[i] + 2) for i in rows[::2]]
+    streams = [torch.cuda.Stream() for _ in parts]
+    ids = arguments | {"done": progress.done, "begun": progress.begun}
 
-    def all_of_them() -> list[torch.Tensor]:
-        return [kernel("select_chunks", arguments) for arguments in calls]
+    def all_of_it() -> list[torch.Tensor]:
+        found, here = ops.select_chunks(**ids), torch.cuda.current_stream()
+        copies = []
+        for part, stream in zip(parts, streams, strict=True):
+            assert progress.begun is not None
+            stream.wait_event(progress.begun)
+            with torch.cuda.stream(stream):
+                progress.wait(part, sizes.heads)
+                copies.append(found[part].clone())
+            here.wait_stream(stream)
+        return [found, *copies]
 
     if captured:
+        all_of_it()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            found = all_of_them()
+            found = all_of_it()
         for _ in range(20):
-            for ids in found:
-                ids.fill_(-7)
+            for tensor in found:
+                tensor.fill_(-7)
             graph.replay()
     else:
-        found = [ids for _ in range(20) for ids in all_of_them()][-len(calls) :]
-    for ids, wanted in zip(found, expected, strict=True):
-        assert torch.equal(ids, wanted)
+        for _ in range(20):
+            found = all_of_it()
+    for tensor, wanted in zip(found, [expected, *(expected[part] for part in parts)], strict=True):
+        assert torch.equal(tensor, wanted)
+    assert not progress.done.any()
 
 
 def test_a_graph_fetches_from_the_host() -> None:
@@ -676,6 +701,8 @@ def test_values_that_are_not_pinned_are_refused_by_the_kernel_alone() -> None:
         ("full_attention", {"keys": lambda x: x.float()}, "keys must have the dtype"),
         ("sparse_attention", {"key_slots": lambda x: x.long()}, "key_slots must be int32"),
         ("select_chunks", {"excluded": lambda x: x[:, :, :5]}, "excluded must be"),
+        ("select_chunks", {"done": lambda x: x[:2]}, "done must be"),
+        ("await_rows", {"done": lambda x: x.long()}, "done must be int32"),
         ("update_residency", {"last_used": lambda x: x[..., :2].clone()}, "last_used must be"),
         ("rebuild_keys", {"basis": lambda x: x[:, :, :5]}, "basis must be"),
         ("fetch_values", {"scales": lambda x: torch.ones(1, device=DEVICE)}, "float8_e4m3fn"),

@@ -20,7 +20,7 @@ from shadowkv_cli.ops.fp8 import FP8
 ROOT = Path(__file__).parents[1]
 SMALL = replace(op_speed.sizes_of(2, 512, 8, 64, 16), device="cpu", dtype=torch.float32)
 MEASURED = [
-    *ops.__all__,
+    *sorted(set(ops.__all__) - op_speed.WAITING),
     *op_speed.VARIANTS,
     *(f"{op} (prompt)" for op in op_speed.COLUMN_OPS),
 ]
@@ -58,7 +58,7 @@ def test_a_larger_share_of_the_bytes_is_moved_by_what_reads_everything() -> None
 def test_the_sanitizers_see_every_op() -> None:
     assert set(cases.ARGUMENTS) == set(ops.__all__)
     runs = len(exercise.SIZES) * len(cases.ARGUMENTS)
-    assert runs < 100, "racecheck takes a second for some"
+    assert runs < 110, "racecheck takes a second for some"
 
 
 FAKE = """#!/bin/sh
@@ -118,3 +118,4 @@ def test_the_timeline_knows_every_kernel_of_a_step() -> None:
     assert len(names) > 10
     unknown = {name for name in names if phase_of(f"void shadowkv::{name}<128>(Params)") == "other"}
     assert unknown == {"average_chunks"}, "which works in a prefill"
+    assert phase_of("shadowkv::(anonymous namespace)::wait_for_rows(int*, int, int)") is None

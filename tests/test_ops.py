@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shadowkv_cli import ops
 from shadowkv_cli.ops import cases, layer_cases
+from shadowkv_cli.ops.await_rows import SELECT_PARTS
 from shadowkv_cli.ops.misses import list_misses, missing_places
 from shadowkv_cli.ops.select_chunks import landmark_scores
 
@@ -214,6 +215,22 @@ def test_prompts_of_as_many_rows_each_are_scored_as_each_row_alone(per_chunk: in
         for row, own in enumerate(order):
             alone = landmark_scores(query[row, None], landmarks[own, None], None, first, 0.25)
             torch.testing.assert_close(together[row, None], alone)
+
+
+def test_rows_of_a_selection_are_counted_and_waited_for() -> None:
+    arguments = cases.select_arguments(cases.Sizes(device="cpu", rows=3, heads=2))
+    done = arguments["done"]
+    ids = ops.select_chunks(**arguments)
+    assert done.tolist() == [2 * SELECT_PARTS] * 3
+    assert torch.equal(ids, ops.select_chunks(**arguments | {"done": None}))
+    ops.await_rows(done[1:], 2 * SELECT_PARTS)
+    assert done.tolist() == [2 * SELECT_PARTS, 0, 0]
+    with pytest.raises(ValueError, match="await_rows: done must be 16 at least"):
+        ops.await_rows(done, 2 * SELECT_PARTS)
+    with pytest.raises(ValueError, match="select_chunks: done must be"):
+        ops.select_chunks(**arguments | {"done": done[1:]})
+    with pytest.raises(ValueError, match="event of the CUDA runtime"):
+        torch.ops.shadowkv.select_chunks(*(arguments | {"begun": 1}).values())
 
 
 def test_select_chunks_ignores_what_lies_beyond() -> None:
@@ -731,7 +748,8 @@ def op_arguments() -> dict[str, list]:
             ints([2, 1]),
             2,
             0.25,
-            False,
+            torch.zeros(2, dtype=torch.int32),
+            None,
         ],
         "update_residency": [
             ids,
@@ -752,6 +770,7 @@ def op_arguments() -> dict[str, list]:
         "rebuild_keys": list(rebuild.values()),
         "full_attention": [query, keys, keys.clone(), ints([0, 0]), ints([12, 5]), 0.25],
         "sparse_attention": list(sparse.values()),
+        "await_rows": [torch.full((3,), 16, dtype=torch.int32), 16],
         **{name: list(cases.ARGUMENTS[name](small).values()) for name in layer_cases.ANY_SIZE},
     }
 

@@ -18,7 +18,10 @@ std::tuple<Tensor, Tensor> build_landmarks(Tensor keys, int64_t chunk_size, int6
 
 Tensor select_chunks(Tensor query, Tensor landmarks, std::optional<Tensor> landmark_scales,
                      Tensor prompt_index, Tensor num_chunks, Tensor excluded, Tensor budget_chunks,
-                     int64_t max_chunks, double scale, bool follows);
+                     int64_t max_chunks, double scale, std::optional<Tensor> done,
+                     std::optional<int64_t> begun);
+
+void await_rows(Tensor done, int64_t parts);
 
 std::tuple<Tensor, Tensor, Tensor> update_residency(Tensor ids, Tensor step, Tensor chunk_of_slot,
                                                     Tensor last_used, Tensor slot_of_chunk);

@@ -61,6 +61,7 @@ Tensor attend(const char* op, const Device& device, const Tensor& query, int64_t
       launch(attend_tiles<T, D, Source>);
     }
     device.check_launch();
+    device.allow_shared(merge_splits<T, D>, 0);
     merge_splits<T, D><<<rows * q_heads, D, 0, device.stream()>>>(
         p.sums, p.totals, splits, static_cast<T*>(out.data_ptr()), lse);
     device.check_launch();

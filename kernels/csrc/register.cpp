@@ -4,6 +4,7 @@
 STABLE_TORCH_LIBRARY_IMPL(shadowkv, CUDA, m) {
   m.impl("build_landmarks", TORCH_BOX(&shadowkv::build_landmarks));
   m.impl("select_chunks", TORCH_BOX(&shadowkv::select_chunks));
+  m.impl("await_rows", TORCH_BOX(&shadowkv::await_rows));
   m.impl("update_residency", TORCH_BOX(&shadowkv::update_residency));
   m.impl("fetch_values", TORCH_BOX(&shadowkv::fetch_values));
   m.impl("rebuild_keys", TORCH_BOX(&shadowkv::rebuild_keys));

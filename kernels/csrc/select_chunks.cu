@@ -1,4 +1,6 @@
 // select_chunks: see shadowkv_cli/ops/select_chunks.py.
+#include <algorithm>
+
 #include "common/dispatch.h"
 #include "common/stream.h"
 #include "select_cluster.cuh"
@@ -12,8 +14,9 @@ namespace {
 /// Keys of so many chunks stay in shared memory: 160 KiB.
 constexpr int64_t MOST_SHARED_CHUNKS = 40 * 1024;
 
-/// A block of a cluster takes at most so much, so that two fit a processor of an H100.
-constexpr size_t MOST_CLUSTER_BYTES = 112 * 1024;
+/// Bytes of a processor's shared memory that select_chunks leaves to kernels beside it: a block that
+/// rebuilds keys, or one that attends.
+constexpr size_t ROOM_BESIDE = 86 * 1024;
 
 void check_contiguous(const char* op, const char* name, const Tensor& t) {
   int64_t step = 1;
@@ -62,26 +65,63 @@ void launch_best(const SelectParams& p, int64_t rows, const Device& device) {
   device.check_launch();
 }
 
-/// False where the GPU has no clusters, or no code for them was compiled.
+/// Let `begun` happen when the kernel runs, so that others can wait for rows beside it.
+void record_begun(std::optional<int64_t> begun, const Device& device) {
+  if (begun) {
+    check_cuda(cudaEventRecord(reinterpret_cast<cudaEvent_t>(*begun), device.stream()),
+               "select_chunks");
+  }
+}
+
+/// Bytes of shared memory of a block, whose query heads lie in banks of their own.
+size_t cluster_bytes(SelectParams& p) {
+  p.share_keys = std::max(cluster_share(p.chunks, p.blocks), REHEARSED);
+  p.share_stride = ceil_div(p.share_keys, 32) * 32 + 8;
+  const int64_t logits = static_cast<int64_t>(p.buffers) * p.group * p.share_stride;
+  return sizeof(ClusterRoom) + (logits + RANK_PARTS * p.share_keys) * sizeof(float);
+}
+
+/// False where the GPU has no clusters, no code for them was compiled, or shared memory is too small.
 template <typename T, typename Stored, int D, int HALVES>
-bool launch_cluster(const SelectParams& p, int64_t rows, size_t bytes, bool follows,
-                    const Device& device) {
+bool launch_cluster(SelectParams& p, std::optional<int64_t> begun, const Device& device) {
   constexpr auto kernel = select_in_cluster<T, Stored, D, HALVES>;
-  if (device.architecture(kernel) < 90 || bytes > device.most_shared()) return false;
-  device.allow_shared(kernel, bytes);
+  if (device.architecture(kernel) < 90) return false;
+  const size_t most = device.most_shared();
+  device.allow_shared(kernel, most);
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = CLUSTER_BLOCKS;
   attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeLaunchCompletionEvent;
+  attributes[1].val.launchCompletionEvent.event = reinterpret_cast<cudaEvent_t>(begun.value_or(0));
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(CLUSTER_BLOCKS, p.heads, rows);
   config.blockDim = dim3(CLUSTER_THREADS);
-  config.dynamicSmemBytes = bytes;
   config.stream = device.stream();
   config.attrs = attributes;
-  config.numAttrs = follows ? 2 : 1;
+
+  // Of the sizes of a cluster the one that has read all planes first: fewer blocks take longer for
+  // one plane, but more clusters run at once, and may have equal shares.
+  double fastest = INFINITY;
+  SelectParams chosen{};
+  for (int blocks : {MOST_CLUSTER_BLOCKS, MOST_CLUSTER_BLOCKS / 2}) {
+    p.blocks = blocks, p.buffers = 2;
+    if (cluster_bytes(p) + ROOM_BESIDE > most) p.buffers = 1;
+    const size_t bytes = cluster_bytes(p);
+    const bool leaves_room = bytes + ROOM_BESIDE <= most;
+    if (p.share_keys > MOST_SHARE || bytes > most || (!leaves_room && fastest < INFINITY)) continue;
+    attributes[0].val.clusterDim.x = blocks;
+    config.gridDim = dim3(blocks * p.planes), config.dynamicSmemBytes = bytes, config.numAttrs = 1;
+    int at_once = 0;
+    check_cuda(cudaOccupancyMaxActiveClusters(&at_once, kernel, &config), "select_chunks");
+    if (at_once == 0) continue;
+    const double time = static_cast<double>(ceil_div(p.planes, at_once)) / blocks;
+    if (time < fastest) fastest = time, chosen = p, chosen.clusters = std::min(p.planes, at_once);
+  }
+  if (fastest == INFINITY) return false;
+  p = chosen;
+  attributes[0].val.clusterDim.x = p.blocks;
+  config.gridDim = dim3(p.blocks * p.clusters);
+  config.dynamicSmemBytes = cluster_bytes(p);
+  config.numAttrs = begun ? 2 : 1;
   check_cuda(cudaLaunchKernelEx(&config, kernel, p), "select_chunks");
   return true;
 }
@@ -89,7 +129,7 @@ bool launch_cluster(const SelectParams& p, int64_t rows, size_t bytes, bool foll
 /// Select in one kernel; false where that takes what is not there: clusters, 16-bit queries, 1, 2 or
 /// 4 landmarks a chunk that lie at multiples of 16 bytes, and logits that fit shared memory.
 template <typename T, int D>
-bool select_at_once(SelectParams& p, int64_t rows, bool follows, const Device& device) {
+bool select_at_once(SelectParams& p, std::optional<int64_t> begun, const Device& device) {
   if constexpr (sizeof(T) == 4) {
     return false;
   } else {
@@ -99,17 +139,12 @@ bool select_at_once(SelectParams& p, int64_t rows, bool follows, const Device& d
     const int64_t places = reinterpret_cast<int64_t>(p.landmarks) | p.landmark_prompt * size |
                            p.landmark_head * size;
     if (places % 16 != 0) return false;  // They are copied in bulk.
-    // Query heads lie in banks of their own.
-    p.share_stride = ceil_div(cluster_share(p.chunks), 32) * 32 + 8;
-    const size_t bytes =
-        sizeof(ClusterRoom) + static_cast<size_t>(p.group) * p.share_stride * sizeof(float);
-    if (bytes > MOST_CLUSTER_BYTES) return false;
     if (p.group > 8) {
-      return p.scales ? launch_cluster<T, Fp8, D, 2>(p, rows, bytes, follows, device)
-                      : launch_cluster<T, T, D, 2>(p, rows, bytes, follows, device);
+      return p.scales ? launch_cluster<T, Fp8, D, 2>(p, begun, device)
+                      : launch_cluster<T, T, D, 2>(p, begun, device);
     }
-    return p.scales ? launch_cluster<T, Fp8, D, 1>(p, rows, bytes, follows, device)
-                    : launch_cluster<T, T, D, 1>(p, rows, bytes, follows, device);
+    return p.scales ? launch_cluster<T, Fp8, D, 1>(p, begun, device)
+                    : launch_cluster<T, T, D, 1>(p, begun, device);
   }
 }
 
@@ -117,17 +152,15 @@ bool select_at_once(SelectParams& p, int64_t rows, bool follows, const Device& d
 
 Tensor select_chunks(Tensor query, Tensor landmarks, std::optional<Tensor> landmark_scales,
                      Tensor prompt_index, Tensor num_chunks, Tensor excluded, Tensor budget_chunks,
-                     int64_t max_chunks, double scale, bool follows) {
+                     int64_t max_chunks, double scale, std::optional<Tensor> done,
+                     std::optional<int64_t> begun) {
   constexpr const char* op = "select_chunks";
   check_sizes(query, op, "query", {-1, -1, -1});
   const int64_t rows = query.size(0), q_heads = query.size(1), dim = query.size(2);
   check_sizes(landmarks, op, "landmarks", {-1, -1, -1, -1, dim});
   const int64_t heads = landmarks.size(1), chunks = landmarks.size(2), parts = landmarks.size(3);
   const Device device(query, op, "query");
-  const void* given = query.data_ptr();
   query = dense_query(query);
-  // The kernel before would be that of the copy, and what it writes is read here.
-  follows = follows && query.data_ptr() == given;
   check_landmarks(op, landmarks, landmark_scales, query);
   check_table(prompt_index, op, "prompt_index", query, {rows});
   check_table(num_chunks, op, "num_chunks", query, {rows});
@@ -138,11 +171,15 @@ Tensor select_chunks(Tensor query, Tensor landmarks, std::optional<Tensor> landm
   SHADOWKV_CHECK(chunks <= 1 || excluded.stride(2) == 1, op,
                  "excluded must be contiguous in the last dimension");
   SHADOWKV_CHECK(max_chunks >= 0, op, "max_chunks must not be negative, got ", max_chunks);
+  if (done) check_table(*done, op, "done", query, {rows});
 
   SelectParams p{};
   p.group = static_cast<int>(check_group(op, q_heads, heads));
   Tensor ids = torch::stable::new_empty(query, {rows, heads, max_chunks}, ScalarType::Int);
-  if (ids.numel() == 0) return ids;
+  if (rows * heads == 0) {
+    record_begun(begun, device);
+    return ids;
+  }
   p.query = query.data_ptr();
   p.landmarks = landmarks.data_ptr();
   p.landmark_prompt = landmarks.stride(0);
@@ -159,6 +196,7 @@ Tensor select_chunks(Tensor query, Tensor landmarks, std::optional<Tensor> landm
   p.excluded_head = excluded.stride(1);
   p.budget_chunks = static_cast<const int*>(budget_chunks.data_ptr());
   p.heads = static_cast<int>(heads);
+  p.planes = static_cast<int>(rows * heads);
   p.chunks = static_cast<int>(chunks);
   p.per_chunk = static_cast<int>(parts);
   p.max_chunks = static_cast<int>(max_chunks);
@@ -166,13 +204,14 @@ Tensor select_chunks(Tensor query, Tensor landmarks, std::optional<Tensor> landm
   p.segments = ceil_div(chunks, p.segment_chunks);
   p.scale = static_cast<float>(scale * 1.4426950408889634);
   p.ids = static_cast<int*>(ids.data_ptr());
+  p.done = done ? static_cast<int*>(done->data_ptr()) : nullptr;
 
-  bool done = false;
+  bool at_once = false;
   dispatch(op, query.scalar_type(), dim, [&](auto type, auto head_dim) {
     using T = typename decltype(type)::type;
-    done = select_at_once<T, decltype(head_dim)::value>(p, rows, follows, device);
+    at_once = select_at_once<T, decltype(head_dim)::value>(p, begun, device);
   });
-  if (done) return ids;
+  if (at_once) return ids;
 
   p.logit_stride = ceil_div(chunks, 4) * 4;  // whole 16-byte words
   const bool in_shared = chunks <= MOST_SHARED_CHUNKS;
@@ -198,6 +237,7 @@ Tensor select_chunks(Tensor query, Tensor landmarks, std::optional<Tensor> landm
   } else {
     launch_best<false>(p, rows, device);
   }
+  record_begun(begun, device);
   return ids;
 }
 

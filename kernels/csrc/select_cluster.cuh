@@ -1,119 +1,264 @@
 // select_chunks as one kernel, where GPUs have clusters: the logits never leave shared memory.
 //
-// Eight blocks serve a row and KV head, each a range of its chunks, so that ids ascend with ranks.
-// They exchange three things, each written before a barrier of the cluster and read behind it:
-// softmax totals; histograms of how far scores lie below the best; the few keys of the bin that
-// holds the last one wanted. Every block works out the same from them, where its own ids begin too.
+// As many clusters as run at once take planes, each a row and KV head, in turns. The blocks of one
+// take a range of its chunks each, so that ids ascend with ranks. They exchange three things, each
+// written before they meet and read behind it: softmax totals; histograms of how far scores lie below
+// the best; the few keys of the bin that holds the last one wanted. Every block works out the same
+// from them, where its own ids begin too. Meanwhile other warps score the next planes, so that
+// landmarks are read all the time; and since all blocks have begun, kernels beside this one cannot
+// take their room. Few loops are unrolled: in a layer other kernels drive the instructions out of
+// the caches, and reading 100 KiB of them took longer than ranking.
 #pragma once
 
-#include "common/cluster.cuh"
+#include "common/progress.cuh"
 #include "select_cluster_cut.cuh"
 #include "select_cluster_scores.cuh"
 
 namespace shadowkv {
 
-/// Softmax norms of the query heads and each one's best score, from the totals of all blocks.
-__device__ inline void find_cluster_norms(ClusterRoom& room, int group) {
-  const int g = threadIdx.x / CLUSTER_BLOCKS, rank = threadIdx.x % CLUSTER_BLOCKS;
-  if (threadIdx.x / 32 * 32 >= MAX_QUERY_GROUP * CLUSTER_BLOCKS) return;  // whole warps
-  Softmax softmax;
-  if (g < group) {
-    const float2 own = of_rank(room.totals, rank)[g];
-    softmax.highest = own.x, softmax.total = own.y;
+/// Of a plane, what a block has to rank.
+struct Ranked {
+  float* logits;  // [G, stride]
+  int stride;
+  uint64_t* free;  // where to arrive when the logits were read; or null
+  Share own;
+  int wanted, most;  // ids to write, and to fill up with -1
+  int* ids;
+};
+
+/// Which of a thread's chunks are barred: bit 4 k + i of its i-th of the k-th time.
+__device__ inline uint64_t find_barred(const bool* excluded, int chunks) {
+  uint64_t barred = 0;
+  int bit = 0;
+#pragma unroll 1
+  for (int first = Rankers::index() * 4; first < chunks; first += RANK_THREADS * 4, bit += 4) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool is_barred = first + i >= chunks || excluded[first + i];
+      barred |= static_cast<uint64_t>(is_barred) << (bit + i);
+    }
   }
-  softmax.add_lanes(CLUSTER_BLOCKS - 1);
-  if (rank == 0 && g < group) {
-    const bool any = softmax.highest != -INFINITY;
-    const float norm = any ? softmax.highest + log2f(softmax.total) : 0.f;
-    room.norms[g] = norm, room.peaks[g] = softmax.highest - norm;
+  return barred;
+}
+
+/// Bar chunks, whose logits may be anything. Of each query head the highest logit of this block, and
+/// the sum of 2^(logit - highest).
+__device__ inline void find_totals(RankRoom& room, const Ranked& plane, int group,
+                                   uint64_t barred) {
+  const int lane = Rankers::index() % 32, warp = Rankers::index() / 32;
+  auto each = [&](int g, auto&& f) {
+    int bit = 0;
+#pragma unroll 1
+    for (int first = Rankers::index() * 4; first < plane.own.chunks;
+         first += RANK_THREADS * 4, bit += 4) {
+      f(*reinterpret_cast<float4*>(plane.logits + g * plane.stride + first), bit);
+    }
+  };
+  auto highest_of = [&](int g) {
+    float highest = -INFINITY;
+#pragma unroll
+    for (int w = 0; w < RANK_THREADS / 32; ++w) highest = fmaxf(highest, room.highest[w][g]);
+    return highest;
+  };
+#pragma unroll 1
+  for (int g = 0; g < group; ++g) {
+    float highest = -INFINITY;
+    each(g, [&](float4& four, int bit) {
+      if (barred >> bit & 1) four.x = -INFINITY;
+      if (barred >> bit & 2) four.y = -INFINITY;
+      if (barred >> bit & 4) four.z = -INFINITY;
+      if (barred >> bit & 8) four.w = -INFINITY;
+      highest = fmaxf(highest, fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w)));
+    });
+    highest = warp_max(highest);
+    if (lane == 0) room.highest[warp][g] = highest;
+  }
+  Rankers::sync();
+#pragma unroll 1
+  for (int g = 0; g < group; ++g) {
+    const float highest = highest_of(g);
+    float sum = 0;
+    each(g, [&](const float4& four, int) {
+      sum += weight(four.x, highest) + weight(four.y, highest) + weight(four.z, highest) +
+             weight(four.w, highest);
+    });
+    sum = warp_sum(sum);
+    if (lane == 0) room.sums[warp][g] = sum;
+  }
+  Rankers::sync();
+  if (Rankers::index() < group) {
+    float total = 0;
+#pragma unroll
+    for (int w = 0; w < RANK_THREADS / 32; ++w) total += room.sums[w][Rankers::index()];
+    room.totals[Rankers::index()] = make_float2(highest_of(Rankers::index()), total);
   }
 }
 
-/// Key of each chunk into the place of head 0's logit, and into the bins by its distance to `best`.
-__device__ inline void rank_share(const SelectParams& p, ClusterRoom& room, float* scores, int chunks,
-                                  float best_of_all) {
-  for (int first = threadIdx.x * 4; first < chunks; first += CLUSTER_THREADS * 4) {
+/// Softmax norms of the query heads and each one's best score, from the totals of all blocks.
+__device__ inline void find_norms(RankRoom& room, int group, int blocks) {
+  const int g = Rankers::index() / MOST_CLUSTER_BLOCKS;
+  const int rank = Rankers::index() % MOST_CLUSTER_BLOCKS;
+  if (Rankers::index() / 32 * 32 >= MAX_QUERY_GROUP * MOST_CLUSTER_BLOCKS) return;  // whole warps
+  float2 own = make_float2(-INFINITY, 0.f);
+  if (g < group && rank < blocks) own = of_rank(room.totals, rank)[g];
+  float highest = own.x;
+#pragma unroll
+  for (int other = 1; other < MOST_CLUSTER_BLOCKS; other *= 2) {
+    highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, other));
+  }
+  float total = own.y * weight(own.x, highest);
+#pragma unroll
+  for (int other = 1; other < MOST_CLUSTER_BLOCKS; other *= 2) {
+    total += __shfl_xor_sync(ALL_LANES, total, other);
+  }
+  if (rank == 0 && g < group) {
+    const float norm = highest == -INFINITY ? 0.f : highest + log2f(total);
+    room.norms[g] = norm, room.peaks[g] = highest - norm;
+  }
+}
+
+/// Key of each chunk, and into the bins by its distance to `best`.
+__device__ inline void find_keys(RankRoom& room, const Ranked& plane, int group, uint32_t* keys,
+                                 float best_of_all) {
+#pragma unroll 1
+  for (int first = Rankers::index() * 4; first < plane.own.chunks; first += RANK_THREADS * 4) {
     float best[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-#pragma unroll 4
-    for (int g = 0; g < p.group; ++g) {
+#pragma unroll 2
+    for (int g = 0; g < group; ++g) {
       const float norm = room.norms[g];
-      const float4 four = *reinterpret_cast<const float4*>(scores + g * p.share_stride + first);
+      const float4 four = *reinterpret_cast<const float4*>(plane.logits + g * plane.stride + first);
       best[0] = fmaxf(best[0], four.x - norm), best[1] = fmaxf(best[1], four.y - norm);
       best[2] = fmaxf(best[2], four.z - norm), best[3] = fmaxf(best[3], four.w - norm);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (first + i >= chunks) break;
-      set_key(scores, first + i, ordered(best[i]));
+      if (first + i >= plane.own.chunks) break;
+      keys[first + i] = ordered(best[i]);
       if (best[i] != -INFINITY) count_in_bin(room, bin_of(best_of_all, best[i]));
     }
   }
 }
 
-/// Grid [8, Hk, R] in clusters of 8: ids of the best chunks of a row and KV head, ascending, then -1.
+/// Rank a block's chunks of a plane and write its ids.
+__device__ inline void rank_plane(RankRoom& room, Meeting& meeting, const Ranked& plane,
+                                  uint64_t barred, int group, int blocks, int rank,
+                                  uint32_t* keys) {
+  const int first = plane.own.first, chunks = plane.own.chunks;
+  find_totals(room, plane, group, barred);
+  clear_bins(room);
+  if (Rankers::index() == 0) room.placed = 0;
+  meeting.sync();
+
+  find_norms(room, group, blocks);
+  Rankers::sync();
+  float best = -INFINITY;
+#pragma unroll 1
+  for (int g = 0; g < group; ++g) best = fmaxf(best, room.peaks[g]);
+  find_keys(room, plane, group, keys, best);
+  Rankers::sync();
+  if (Rankers::index() == 0 && plane.free) arrive(plane.free);
+  meeting.sync();
+
+  // Of this thread's bins: chosen keys of lower ranks.
+  int wanted = plane.wanted, in_lower = find_cluster_bin(room, blocks, rank, wanted);
+#pragma unroll 1
+  for (int i = wanted + rank * RANK_THREADS + Rankers::index(); i < plane.most;
+       i += blocks * RANK_THREADS) {
+    plane.ids[i] = -1;
+  }
+  if (wanted > 0) {
+    if (room.bin < SELECT_BINS - 1 && room.in_bin <= MOST_TIED) {
+      in_lower += cut_by_list(room, meeting, blocks, rank, keys, first, chunks, wanted, best);
+    } else {
+      in_lower = cut_by_digits(room, meeting, blocks, rank, keys, first, chunks, wanted);
+    }
+    write_share(room, keys, first, chunks, in_lower, plane.ids);
+  } else {
+    meeting.arrive();
+  }
+  Rankers::sync();
+}
+
+/// A plane of a few chunks that nobody wants: ranking it brings the instructions near, which other
+/// kernels have driven away, while the first plane is scored.
+__device__ inline Ranked plane_of_rehearsal(RankRoom& room, uint32_t* keys, int rank) {
+  Ranked plane{};
+  plane.logits = reinterpret_cast<float*>(keys);  // all heads' the same
+  if (Rankers::index() < REHEARSED) plane.logits[Rankers::index()] = Rankers::index();
+  plane.own.first = rank * REHEARSED, plane.own.chunks = REHEARSED;
+  plane.wanted = plane.most = REHEARSED;
+  plane.ids = room.rehearsed;
+  Rankers::sync();
+  return plane;
+}
+
+/// Rank the chunks that `score_planes` scores.
+__device__ inline void rank_planes(const SelectParams& p, int rank, ClusterRoom& all,
+                                   float* logits) {
+  const int part = Rankers::part(), step = RANK_PARTS * p.clusters;
+  uint32_t* keys = reinterpret_cast<uint32_t*>(logits + p.buffers * p.group * p.share_stride) +
+                   part * p.share_keys;
+  RankRoom& room = all.parts[part];
+  Meeting meeting(room.met, p.blocks);
+  int n = part - RANK_PARTS;
+#pragma unroll 1
+  for (int plane = first_plane(p) + n * p.clusters; plane < p.planes;
+       plane += step, n += RANK_PARTS) {
+    Ranked ranked;
+    uint64_t barred = 0;
+    if (n < 0) {
+      ranked = plane_of_rehearsal(room, keys, rank);
+    } else {
+      ranked.own = share_of(p, plane, rank);
+      ranked.logits = logits + n % p.buffers * p.group * p.share_stride;
+      ranked.stride = p.share_stride;
+      ranked.free = &all.ranked[n % 2];
+      ranked.most = p.max_chunks;
+      ranked.wanted = max(min(p.budget_chunks[ranked.own.row], p.max_chunks), 0);
+      ranked.ids = p.ids + static_cast<int64_t>(plane) * p.max_chunks;
+      barred = find_barred(p.excluded + ranked.own.row * p.excluded_row +
+                               ranked.own.head * p.excluded_head + ranked.own.first,
+                           ranked.own.chunks);
+      while (!is_complete(&all.scored[n % 2], n / 2 % 2)) {
+      }
+      meeting.wait();  // Others have read what this block had of the plane before.
+    }
+    rank_plane(room, meeting, ranked, barred, p.group, p.blocks, rank, keys);
+    if (Rankers::index() == 0 && n >= 0 && p.done) {
+      count_done(p.done + ranked.own.row, SELECT_PARTS / p.blocks);
+    }
+  }
+  meeting.wait();  // Others may still read what lies here.
+}
+
+/// Grid: blocks of whole clusters of 4 or 8, at most as many as run at once. Ids of the best chunks
+/// of each row and KV head, ascending, then -1.
 ///
 /// HALVES: 1 where at most 8 query heads share a KV head, else 2.
 template <typename T, typename Stored, int D, int HALVES>
-__global__ void __launch_bounds__(CLUSTER_THREADS, HALVES == 1 ? 3 : 2)
+__global__ void __launch_bounds__(HALVES == 1 ? MOST_REGISTER_THREADS : CLUSTER_THREADS)
     select_in_cluster(const __grid_constant__ SelectParams p) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) char cluster_shared[];
   ClusterRoom& room = *reinterpret_cast<ClusterRoom*>(cluster_shared);
-  float* scores = reinterpret_cast<float*>(cluster_shared + sizeof(ClusterRoom));
-  const int64_t r = blockIdx.z, head = blockIdx.y, plane = r * p.heads + head;
-  const int64_t prompt = p.prompt_index[r];
-  const int count = max(min(p.num_chunks[r], p.chunks), 0);
-  // By the row's own count, so that the blocks of a short row have equal shares too.
-  const int share = cluster_share(count), rank = cluster_rank();
-  const int first = min(rank * share, count), chunks = min(share, count - first);
-
-  const int64_t first_landmark = static_cast<int64_t>(first) * p.per_chunk;
-  score_share<T, Stored, D, HALVES>(
-      p, static_cast<const T*>(p.query) + plane * p.group * D,
-      static_cast<const Stored*>(p.landmarks) + prompt * p.landmark_prompt +
-          head * p.landmark_head + first_landmark * D,
-      p.scales + (p.scales ? prompt * p.scale_prompt + head * p.scale_head + first_landmark : 0),
-      p.excluded + r * p.excluded_row + head * p.excluded_head + first, chunks, scores, room);
-  __syncthreads();
-  start_following();  // Its landmarks are read while this one ranks its chunks.
-  if (threadIdx.x < p.group) {
-    Softmax softmax;
-    for (int w = 0; w < CLUSTER_WARPS; ++w) {
-      const float2 one = room.of_warps[w][threadIdx.x];
-      softmax.add(one.x, one.y);
+  float* logits = reinterpret_cast<float*>(cluster_shared + sizeof(ClusterRoom));
+  const int rank = cluster_rank();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) {
+      init_barrier(&room.scored[i], SCORERS);
+      init_barrier(&room.ranked[i]);
+      for (RankRoom& part : room.parts) init_barrier(&part.met[i], p.blocks);
     }
-    room.totals[threadIdx.x] = make_float2(softmax.highest, softmax.total);
   }
-  clear_bins(room);
-  if (threadIdx.x == 0) room.placed = 0;
-  cluster_sync();
-
-  find_cluster_norms(room, p.group);
   __syncthreads();
-  float best = -INFINITY;
-  for (int g = 0; g < p.group; ++g) best = fmaxf(best, room.peaks[g]);
-  rank_share(p, room, scores, chunks, best);
-  cluster_sync();
-
-  int* ids = p.ids + plane * p.max_chunks;
-  // Of this thread's bins: chosen keys of lower ranks.
-  int wanted = max(min(p.budget_chunks[r], p.max_chunks), 0);
-  int in_lower = find_cluster_bin(room, rank, wanted);
-  for (int i = wanted + rank * CLUSTER_THREADS + threadIdx.x; i < p.max_chunks;
-       i += CLUSTER_BLOCKS * CLUSTER_THREADS) {
-    ids[i] = -1;
-  }
-  if (wanted > 0) {
-    if (room.bin < SELECT_BINS - 1 && room.in_bin <= MOST_TIED) {
-      in_lower += cut_by_list(room, rank, scores, first, chunks, wanted, best);
-    } else {
-      in_lower = cut_by_digits(room, rank, scores, first, chunks, wanted);
-    }
-    write_share(room, scores, first, chunks, in_lower, ids);
+  cluster_arrive();
+  if (threadIdx.x < RANK_PARTS * RANK_THREADS) {
+    cluster_wait();  // Barriers are there in all blocks.
+    rank_planes(p, rank, room, logits);
   } else {
-    cluster_arrive();
+    score_planes<T, Stored, D, HALVES>(p, rank, room, logits);
+    cluster_wait();
   }
-  cluster_wait();  // Others may still read what lies here.
 #else
   __trap();  // The host asks what the kernel was compiled for.
 #endif

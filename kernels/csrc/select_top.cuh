@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common/highest.cuh"
+#include "common/progress.cuh"
 #include "select_order.cuh"
 
 namespace shadowkv {
@@ -127,19 +128,11 @@ __device__ inline void write_chosen(TopRoom& room, const uint32_t* keys, int cou
   }
 }
 
-/// Grid [Hk, R]: the ids of the best chunks of a row and KV head, ascending, then -1.
-///
-/// SHARED: the keys of a plane, a multiple of four, fit shared memory beside the room.
-template <bool SHARED>
-__global__ void __launch_bounds__(SELECT_THREADS, SHARED ? 2 : 1)
-    select_best(const __grid_constant__ SelectParams p) {
-  extern __shared__ __align__(16) char shared[];
-  __shared__ DigitRoom<SELECT_DIGIT_BITS> digits;
-  TopRoom& room = *reinterpret_cast<TopRoom*>(shared);
+/// The ids of the best chunks of a row and KV head, ascending, then -1: a block's, with `keys` for it.
+__device__ inline void write_best(const SelectParams& p, TopRoom& room,
+                                  DigitRoom<SELECT_DIGIT_BITS>& digits, uint32_t* keys) {
   const int64_t plane = static_cast<int64_t>(blockIdx.y) * p.heads + blockIdx.x;
   const int count = max(min(p.num_chunks[blockIdx.y], p.chunks), 0);
-  uint32_t* keys = SHARED ? reinterpret_cast<uint32_t*>(shared + sizeof(TopRoom))
-                          : p.keys + plane * p.chunks;
   int* ids = p.ids + plane * p.max_chunks;
 
   for (int i = threadIdx.x; i < SELECT_BINS; i += blockDim.x) room.bins[i] = 0;
@@ -164,6 +157,22 @@ __global__ void __launch_bounds__(SELECT_THREADS, SHARED ? 2 : 1)
   } else {
     write_highest(keys, count, wanted, ids, digits);
   }
+}
+
+/// Grid [Hk, R]: the ids of the best chunks of each row and KV head.
+///
+/// SHARED: the keys of a plane, a multiple of four, fit shared memory beside the room.
+template <bool SHARED>
+__global__ void __launch_bounds__(SELECT_THREADS, SHARED ? 2 : 1)
+    select_best(const __grid_constant__ SelectParams p) {
+  extern __shared__ __align__(16) char shared[];
+  __shared__ DigitRoom<SELECT_DIGIT_BITS> digits;
+  const int64_t plane = static_cast<int64_t>(blockIdx.y) * p.heads + blockIdx.x;
+  uint32_t* keys = SHARED ? reinterpret_cast<uint32_t*>(shared + sizeof(TopRoom))
+                          : p.keys + plane * p.chunks;
+  write_best(p, *reinterpret_cast<TopRoom*>(shared), digits, keys);
+  __syncthreads();
+  if (threadIdx.x == 0 && p.done) count_done(p.done + blockIdx.y, SELECT_PARTS);
 }
 
 }  // namespace shadowkv

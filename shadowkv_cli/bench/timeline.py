@@ -19,9 +19,14 @@ PHASES = {
     "matrix products": ("gemm", "gemv", "cutlass", "nvjet", "splitKreduce"),
 }
 """Parts of kernel names, ours first; what no phase knows is `other`."""
+WAITING = "wait_for_rows"
+"""The kernel that does nothing but wait for another one."""
 
 
-def phase_of(kernel: str) -> str:
+def phase_of(kernel: str) -> str | None:
+    """None: it waits."""
+    if WAITING in kernel:
+        return None
     return next(
         (phase for phase, parts in PHASES.items() if any(part in kernel for part in parts)), "other"
     )
@@ -49,5 +54,6 @@ def phase_ms(session: Session, first: Tensor, warmup: int) -> dict[str, float]:
     total: dict[str, float] = {}
     for entry in profile.key_averages():
         phase = phase_of(entry.key)
-        total[phase] = total.get(phase, 0.0) + entry.self_device_time_total / 1e3 / STEPS
+        if phase is not None:
+            total[phase] = total.get(phase, 0.0) + entry.self_device_time_total / 1e3 / STEPS
     return {phase: round(ms, 4) for phase, ms in sorted(total.items(), key=lambda x: -x[1])}

@@ -63,7 +63,7 @@ class ShadowKVGroup(SparseGroup):
         return (worst.sort().values[..., None] * self.chunk_size + members).flatten(1)
 
     def select(self, layer: int, q: Tensor, scale: float) -> Tensor:
-        scales = self.store.landmark_scales.get(self.landmark_form)
+        scales, progress = self.store.landmark_scales.get(self.landmark_form), self.progress
         return ops.select_chunks(
             q,
             self.store.landmarks[self.landmark_form][layer],
@@ -74,7 +74,8 @@ class ShadowKVGroup(SparseGroup):
             self.budget_chunks,
             self.max_chunks,
             scale,
-            self.follows,
+            None if progress is None else progress.done,
+            None if progress is None else progress.begun,
         )
 
     def load_values(self, layer: int, placed: Placed) -> None:

@@ -49,6 +49,8 @@ class SideStream:
             join.event = self.stream.record_event()
 
 
-def beside(stream: SideStream | None) -> AbstractContextManager[Join]:
-    """Issue work on a side stream, or where there is none on the current one."""
-    return nullcontext(Join()) if stream is None else stream.forked()
+def beside(
+    stream: SideStream | None, ready: torch.cuda.Event | None = None
+) -> AbstractContextManager[Join]:
+    """Issue work on a side stream (`forked`), or where there is none on the current one."""
+    return nullcontext(Join()) if stream is None else stream.forked(ready)

@@ -16,6 +16,7 @@ from shadowkv_cli.config import Kept, SparseSpec, buffer_slots
 from shadowkv_cli.methods.base import Group, Row
 from shadowkv_cli.methods.side_stream import SideStream, beside
 from shadowkv_cli.methods.store import Prompt, PromptStore
+from shadowkv_cli.ops.await_rows import Progress
 
 NEVER_FREE = torch.iinfo(torch.int32).max
 
@@ -119,8 +120,8 @@ class SparseGroup(Group):
         """Of the last layer's lanes: held until the next one, when others have waited for this."""
         self.stream: SideStream | None = None
         """Where a lane attends beside the others."""
-        self.follows = False
-        """Whether this is a lane that selects right after another, on the stream of both."""
+        self.progress: Progress | None = None
+        """Of a selection whose lanes go on beside each other."""
         self.key_stream: SideStream | None = None
         """Where keys are rebuilt beside the values' fetch; None: one after the other."""
         self._parts: list[SparseGroup] = []
@@ -147,7 +148,7 @@ class SparseGroup(Group):
         self.selected = self.selected[:, index].contiguous()
         self._to_count = []
         self._outputs = []
-        self._parts = []
+        self._parts, self.progress = [], None
 
     def micro_batches(self, count: int) -> list[Self]:
         parts = super().micro_batches(count)
@@ -225,22 +226,25 @@ class SparseGroup(Group):
     def attend_token(self, layer: int, q: Tensor, scale: float) -> Tensor:
         """Attend lane by lane: while one lane waits for its values, the next ones select.
 
-        All select on one stream, each while the one before ranks its chunks; then each goes on
-        beside the others.
+        One kernel selects for all lanes. Each goes on, beside the others, when its own rows are
+        done.
         """
         if not self.max_chunks:
             none = self.seen.new_empty(len(self.rows), self.shape.num_kv_heads, 0)
             return self._attend_slots(layer, q, none, none, scale)
+        ids = self.select(layer, q if self.drift is None else self.drift.queries[layer], scale)
+        if self.turn is not None:
+            self.turn.mark()
         sizes = [len(lane.rows) for lane in self.lanes]
-        selecting = q if self.drift is None else self.drift.queries[layer]
-        parts = zip(self.lanes, selecting.split(sizes), q.split(sizes), strict=True)
-        outputs, joins = [], []
-        for lane, selecting_part, part in parts:
-            ids = lane.select(layer, selecting_part, scale)
-            if self.turn is not None:
-                self.turn.mark()  # the last lane's stays
-            with beside(lane.stream) as there:
-                outputs.append(lane._attend_chunks(layer, ids, part, scale))
+        begun = None if self.progress is None else self.progress.begun
+        outputs, joins, first = [], [], 0
+        for lane, own, part in zip(self.lanes, ids.split(sizes), q.split(sizes), strict=True):
+            with beside(lane.stream, begun) as there:
+                if self.progress is not None:
+                    rows = slice(first, first + len(lane.rows))
+                    self.progress.wait(rows, self.shape.num_kv_heads)
+                    first = rows.stop
+                outputs.append(lane._attend_chunks(layer, own, part, scale))
             joins.append(there)
         for join in joins:
             join.wait()
@@ -287,21 +291,23 @@ class SparseGroup(Group):
         return Placed(ids, *found)
 
     def split_lanes(self, count: int) -> None:
-        size = math.ceil(len(self.rows) / count)
         rows = range(len(self.rows))
-        self._parts = []
+        self._parts, self.progress = [], None
         if count == 1:
             return
-        self._parts = [self.subset(rows[first : first + size]) for first in rows[::size]]
+        ends = lane_ends(len(rows), count)
+        self._parts = [
+            self.subset(rows[first:end]) for first, end in zip([0, *ends], ends, strict=False)
+        ]
         if self.key_stream is None:
             return
-        # What the first lane can do goes before all that later ones can do, their selection last.
+        # What the first lane can do goes before all that later ones can do, the selection last.
         device, last = self.store.device, len(self._parts) - 1
+        self.progress = Progress(len(rows), device)
         for place, lane in enumerate(self._parts):
             lane.stream, lane.key_stream = (
                 SideStream(device, priority=place - last - 1) for _ in range(2)
             )
-            lane.follows = place > 0
 
     @property
     def lanes(self) -> Sequence[SparseGroup]:
@@ -337,6 +343,8 @@ class SparseGroup(Group):
         self._to_count = []
         self.fetched.zero_()
         self.selected.zero_()
+        if self.progress is not None:
+            self.progress.done.zero_()
         for table in self.key_tables:
             table.clear(self.key_slot_counts)
         if not self.one_table:
@@ -358,6 +366,12 @@ class SparseGroup(Group):
             "generated": generated_tokens,
             "hit_rate": 1 - fetched / selected if selected else None,
         }
+
+
+def lane_ends(rows: int, count: int) -> list[int]:
+    """Where each lane of a batch ends."""
+    size = math.ceil(rows / count)
+    return [min(first + size, rows) for first in range(0, rows, size)]
 
 
 def _sparse(spec: object) -> SparseSpec:

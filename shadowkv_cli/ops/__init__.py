@@ -6,6 +6,7 @@ T tokens of a row.
 """
 
 from shadowkv_cli.ops.append_tokens import append_tokens
+from shadowkv_cli.ops.await_rows import await_rows
 from shadowkv_cli.ops.build_landmarks import build_landmarks
 from shadowkv_cli.ops.fetch_values import fetch_values
 from shadowkv_cli.ops.full_attention import full_attention
@@ -19,6 +20,7 @@ from shadowkv_cli.ops.update_residency import update_residency
 
 __all__ = [
     "append_tokens",
+    "await_rows",
     "build_landmarks",
     "fetch_values",
     "full_attention",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shadowkv_cli.ops import layer_cases
+from shadowkv_cli.ops.await_rows import SELECT_PARTS
 from shadowkv_cli.ops.fp8 import FP8, quantise
 from shadowkv_cli.ops.misses import list_misses
 
@@ -189,7 +190,16 @@ def select_arguments(s: Sizes) -> Arguments:
         "budget_chunks": s.ints(g, 0, s.wanted, s.rows),
         "max_chunks": s.wanted,
         "scale": s.dim**-0.5,
-        "follows": False,
+        "done": torch.zeros(s.rows, dtype=torch.int32, device=s.device),
+        "begun": None,
+    }
+
+
+def await_arguments(s: Sizes) -> Arguments:
+    parts = SELECT_PARTS * s.heads
+    return {
+        "done": torch.full((s.rows,), parts, dtype=torch.int32, device=s.device),
+        "parts": parts,
     }
 
 
@@ -319,6 +329,7 @@ def sparse_arguments(s: Sizes) -> Arguments:
 
 ARGUMENTS = {
     "append_tokens": layer_cases.append_arguments,
+    "await_rows": await_arguments,
     "build_landmarks": landmark_arguments,
     "fetch_values": fetch_arguments,
     "full_attention": full_arguments,

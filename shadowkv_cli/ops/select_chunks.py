@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shadowkv_cli.ops import compiled
+from shadowkv_cli.ops.await_rows import SELECT_PARTS
 from shadowkv_cli.ops.fp8 import dequantise
 from shadowkv_cli.ops.library import check, define
 
@@ -108,10 +109,12 @@ def _reference(
     budget_chunks: Tensor,
     max_chunks: int,
     scale: float,
-    follows: bool,
+    done: Tensor | None,
+    begun: int | None,
 ) -> Tensor:
     heads, chunks = landmarks.shape[1:3]
     op, q_heads = "select_chunks", query.shape[1]
+    check(begun is None, op, "only the compiled kernel records an event of the CUDA runtime")
     check(q_heads % heads == 0, op, f"{q_heads} query heads do not share {heads} KV heads")
     check(excluded.shape[1:] == (heads, chunks), op, f"excluded must be [R, {heads}, {chunks}]")
     if landmark_scales is not None:
@@ -124,6 +127,9 @@ def _reference(
     best_of_group = torch.where(barred, float("-inf"), scores).log_softmax(-1).amax(2)
     # The softmax of a row whose every chunk is barred is not a number.
     best_of_group = torch.where(barred[:, :, 0], float("-inf"), best_of_group)
+    if done is not None:
+        check(done.shape == query.shape[:1], op, f"done must be [{query.shape[0]}]")
+        done += SELECT_PARTS * heads
     return top_chunks(best_of_group, budget_chunks, max_chunks)
 
 
@@ -137,7 +143,8 @@ def _fake(
     budget_chunks: Tensor,
     max_chunks: int,
     scale: float,
-    follows: bool,
+    done: Tensor | None,
+    begun: int | None,
 ) -> Tensor:
     shape = (query.shape[0], landmarks.shape[1], max_chunks)
     return query.new_empty(shape, dtype=torch.int32)
@@ -146,7 +153,7 @@ def _fake(
 define(
     "select_chunks(Tensor query, Tensor landmarks, Tensor? landmark_scales, Tensor prompt_index, "
     "Tensor num_chunks, Tensor excluded, Tensor budget_chunks, int max_chunks, float scale, "
-    "bool follows) -> Tensor",
+    "Tensor(a!)? done, int? begun) -> Tensor",
     _reference,
     _fake,
 )
@@ -162,7 +169,8 @@ def select_chunks(
     budget_chunks: Tensor,
     max_chunks: int,
     scale: float,
-    follows: bool = False,
+    done: Tensor | None = None,
+    begun: torch.cuda.Event | None = None,
 ) -> Tensor:
     """Select the chunks whose landmarks draw most attention (paper, Algorithm 2).
 
@@ -178,9 +186,9 @@ def select_chunks(
         budget_chunks: int32 [R], chunks wanted.
         max_chunks: N, the most that any row wants.
         scale: of the logits.
-        follows: that the kernel before on the stream is another selection, none of whose outputs
-            is read here: this one may begin when that one has read its landmarks. It selects the
-            same.
+        done: int32 [R], to which SELECT_PARTS are added for each KV head of a row whose ids are
+            written; see `await_rows`.
+        begun: recorded when this runs, or later.
 
     Returns:
         int32 [R, Hk, N]: unique ids in ascending order, then -1 where fewer were wanted or exist.
@@ -195,8 +203,12 @@ def select_chunks(
         budget_chunks,
         max_chunks,
         scale,
-        follows,
+        done,
     )
-    if not compiled.serves(query, query.shape[-1], group=query.shape[1] // landmarks.shape[1]):
-        return _reference(*arguments)
-    return torch.ops.shadowkv.select_chunks(*arguments)
+    if compiled.serves(query, query.shape[-1], group=query.shape[1] // landmarks.shape[1]):
+        event = None if begun is None else begun.cuda_event
+        return torch.ops.shadowkv.select_chunks(*arguments, event)
+    ids = _reference(*arguments, None)
+    if begun is not None:
+        begun.record(torch.cuda.current_stream(query.device))
+    return ids

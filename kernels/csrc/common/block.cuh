@@ -24,19 +24,41 @@ __device__ inline float weight(float x, float highest) {
   return x == -INFINITY ? 0.f : exp2f(x - highest);
 }
 
-/// The sum of the values of the threads before this one; `total` of all. Every thread of the block
-/// calls it, with room for 33 words that it may use again after the next barrier.
+/// Who works together: a whole block, or one of its first two parts of THREADS each, whole warps.
+struct WholeBlock {
+  static __device__ int index() { return static_cast<int>(threadIdx.x); }
+  static __device__ int warps() { return static_cast<int>(blockDim.x) / 32; }
+  static __device__ void sync() { __syncthreads(); }
+};
+
+template <int THREADS>
+struct PartOfBlock {
+  static __device__ int part() { return static_cast<int>(threadIdx.x) / THREADS; }
+  static __device__ int index() { return static_cast<int>(threadIdx.x) % THREADS; }
+  static __device__ int warps() { return THREADS / 32; }
+  static __device__ void sync() {
+    if (part() == 0) {
+      asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+    } else {
+      asm volatile("bar.sync 2, %0;" ::"n"(THREADS) : "memory");
+    }
+  }
+};
+
+/// The sum of the values of the threads before this one; `total` of all. All of those who work
+/// together call it, with room for 33 words that it may use again after their next barrier.
+template <typename Threads = WholeBlock>
 __device__ inline uint64_t scan_block(uint64_t value, uint64_t* room, uint64_t& total) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int lane = threadIdx.x % 32, warp = Threads::index() / 32, warps = Threads::warps();
   uint64_t sum = value;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
     const uint64_t before = __shfl_up_sync(ALL_LANES, sum, step);
     if (lane >= step) sum += before;
   }
-  __syncthreads();  // The room may still be read from the call before.
+  Threads::sync();  // The room may still be read from the call before.
   if (lane == 31) room[warp] = sum;
-  __syncthreads();
+  Threads::sync();
   if (warp == 0) {
     uint64_t of_warp = lane < warps ? room[lane] : 0;
     const uint64_t own = of_warp;
@@ -48,7 +70,7 @@ __device__ inline uint64_t scan_block(uint64_t value, uint64_t* room, uint64_t& 
     room[lane] = of_warp - own;
     if (lane == 31) room[32] = of_warp;
   }
-  __syncthreads();
+  Threads::sync();
   total = room[32];
   return room[warp] + sum - value;
 }

@@ -11,10 +11,17 @@ namespace shadowkv {
 /// than a copy takes.
 __device__ inline void fence_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-/// A barrier that one `load_bulk` at a time completes.
-__device__ inline void init_barrier(uint64_t* barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+/// A barrier that so many arrivals complete at a time, or one `load_bulk`.
+__device__ inline void init_barrier(uint64_t* barrier, uint32_t arrivals = 1) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
   fence_bulk();
+}
+
+/// Arrive at a barrier of this block: who finds it complete sees what this thread did before.
+__device__ inline void arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
 /// Whether the barrier's phase of this parity, 0 and 1 in turns, is complete; it may wait a while.
@@ -35,6 +42,18 @@ __device__ inline void expect_bytes(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
                    shared_address(barrier)),
                "r"(bytes)
+               : "memory");
+}
+
+/// Begin to read 4 bytes of global memory into shared memory, for which `arrive_when_loaded` waits.
+__device__ inline void load_word(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from)
+               : "memory");
+}
+
+/// Arrive at a barrier when the words that this thread loads are there.
+__device__ inline void arrive_when_loaded(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
 

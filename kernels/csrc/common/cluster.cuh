@@ -1,7 +1,7 @@
 // Thread block clusters (compute capability 9.0): barriers, and the shared memory of other blocks.
 #pragma once
 
-#include <cstdint>
+#include "bulk.cuh"
 
 namespace shadowkv {
 
@@ -21,11 +21,6 @@ __device__ inline void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-__device__ inline void cluster_sync() {
-  cluster_arrive();
-  cluster_wait();
-}
-
 /// Where another block of the cluster has what lies at `own` in this one's shared memory. It must
 /// have begun, and must not end before it was read: both take a barrier.
 template <typename T>
@@ -35,10 +30,50 @@ __device__ const T* of_rank(const T* own, int rank) {
   return reinterpret_cast<const T*>(there);
 }
 
-/// A kernel that was launched to follow this one on its stream may begin when every block was here.
-/// It does not wait for what this one writes.
-__device__ inline void start_following() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
+/// Where `Threads` of all blocks of a cluster meet while others go on: who has waited sees what those
+/// that arrived had written to shared and global memory.
+///
+/// Two barriers take turns, so that a block that is ahead does not arrive where others still wait.
+template <typename Threads>
+class ClusterMeeting {
+ public:
+  /// `barriers`: two at the same place in each of the blocks, for as many arrivals each.
+  __device__ ClusterMeeting(uint64_t* barriers, int blocks) : barriers_(barriers), blocks_(blocks) {}
+
+  __device__ void arrive() const {
+    Threads::sync();
+    if (Threads::index() >= blocks_) return;
+    uint32_t there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+                 : "=r"(there)
+                 : "r"(shared_address(&barriers_[met_ & 1])), "r"(Threads::index()));
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(there)
+                 : "memory");
+  }
+
+  __device__ void wait() {
+    uint32_t complete = 0;
+    while (!complete) {
+      asm volatile(
+          "{\n\t.reg .pred done;\n\t"
+          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n\t"
+          "selp.u32 %0, 1, 0, done;\n\t}"
+          : "=r"(complete)
+          : "r"(shared_address(&barriers_[met_ & 1])), "r"(met_ >> 1 & 1)
+          : "memory");
+    }
+    ++met_;
+  }
+
+  __device__ void sync() {
+    arrive();
+    wait();
+  }
+
+ private:
+  uint64_t* barriers_;
+  int blocks_;
+  uint32_t met_ = 0;
+};
 
 }  // namespace shadowkv
