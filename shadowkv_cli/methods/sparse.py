@@ -295,10 +295,8 @@ class SparseGroup(Group):
         self._parts, self.progress = [], None
         if count == 1:
             return
-        ends = lane_ends(len(rows), count)
-        self._parts = [
-            self.subset(rows[first:end]) for first, end in zip([0, *ends], ends, strict=False)
-        ]
+        size = math.ceil(len(rows) / count)
+        self._parts = [self.subset(rows[first : first + size]) for first in rows[::size]]
         if self.key_stream is None:
             return
         # What the first lane can do goes before all that later ones can do, the selection last.
@@ -366,12 +364,6 @@ class SparseGroup(Group):
             "generated": generated_tokens,
             "hit_rate": 1 - fetched / selected if selected else None,
         }
-
-
-def lane_ends(rows: int, count: int) -> list[int]:
-    """Where each lane of a batch ends."""
-    size = math.ceil(rows / count)
-    return [min(first + size, rows) for first in range(0, rows, size)]
 
 
 def _sparse(spec: object) -> SparseSpec:
