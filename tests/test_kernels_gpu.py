@@ -281,7 +281,8 @@ def test_select_chunks_leaves_out_heads_that_are_no_numbers(value: float, landma
 
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "chunks", "group"), [(24, 15_360, 4), (48, 3000, 4), (24, 3000, 8), (24, 3000, 16)]
+    ("rows", "chunks", "group"),
+    [(24, 15_360, 4), (48, 3000, 4), (24, 3000, 8), (24, 3000, 16), (8, 15_360, 8), (6, 9000, 16)],
 )
 def test_select_chunks_chooses_beside_others_what_it_chooses_alone(
     rows: int, chunks: int, group: int, fp8: bool

@@ -95,7 +95,7 @@ __device__ inline void find_totals(RankRoom& room, const Ranked& plane, int grou
 }
 
 /// Softmax norms of the query heads and each one's best score, from the totals of all blocks.
-__device__ inline void find_norms(RankRoom& room, int group, int blocks) {
+__device__ inline void find_cluster_norms(RankRoom& room, int group, int blocks) {
   const int g = Rankers::index() / MOST_CLUSTER_BLOCKS;
   const int rank = Rankers::index() % MOST_CLUSTER_BLOCKS;
   if (Rankers::index() / 32 * 32 >= MAX_QUERY_GROUP * MOST_CLUSTER_BLOCKS) return;  // whole warps
@@ -149,7 +149,7 @@ __device__ inline void rank_plane(RankRoom& room, Meeting& meeting, const Ranked
   if (Rankers::index() == 0) room.placed = 0;
   meeting.sync();
 
-  find_norms(room, group, blocks);
+  find_cluster_norms(room, group, blocks);
   Rankers::sync();
   float best = -INFINITY;
 #pragma unroll 1

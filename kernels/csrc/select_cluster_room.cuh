@@ -27,7 +27,7 @@ struct alignas(16) RankRoom {
   int rehearsed[REHEARSED];  // ids that nobody wants
 };
 
-/// Behind it lie logits, `buffers` of [G, share_stride], planes in turns; and RANK_PARTS planes' keys.
+/// Behind it lie logits, `buffers` of [G, share_stride], planes in turns; and keys of each part.
 struct alignas(128) ClusterRoom {
   char ring[SCORERS][CLUSTER_WARP_BYTES];                       // landmarks on their way
   float scales[SCORERS][CLUSTER_STAGES][MOST_STAGE_LANDMARKS];  // of those in 8 bits
@@ -46,7 +46,8 @@ struct Share {
 __device__ inline Share share_of(const SelectParams& p, int plane, int rank) {
   Share own;
   own.row = plane / p.heads, own.head = plane - own.row * p.heads;
-  const int count = max(min(p.num_chunks[own.row], p.chunks), 0), share = cluster_share(count, p.blocks);
+  const int count = max(min(p.num_chunks[own.row], p.chunks), 0);
+  const int share = cluster_share(count, p.blocks);
   own.first = min(rank * share, count), own.chunks = min(share, count - own.first);
   return own;
 }

@@ -96,8 +96,7 @@ class LandmarkRing {
       arrive_when_loaded(&arrived_[slot]);
     }
     if (lane == 0) {
-      load_bulk(ring_ + slot * SLOT,
-                from.landmarks + static_cast<int64_t>(first) * D,
+      load_bulk(ring_ + slot * SLOT, from.landmarks + static_cast<int64_t>(first) * D,
                 min(ROWS, from.count - first) * D * sizeof(Stored), &arrived_[slot], policy_);
     }
   }
@@ -111,8 +110,7 @@ class LandmarkRing {
     }
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
-      const Stored* row =
-          ring_ + slot * SLOT + (n * 8 + lane / 4) * D + quad * Piece::DIMS;
+      const Stored* row = ring_ + slot * SLOT + (n * 8 + lane / 4) * D + quad * Piece::DIMS;
 #pragma unroll
       for (int j = 0; j < Piece::COUNT; ++j) {
         Piece::load_shared(row + j * 4 * Piece::DIMS, words[n][j]);
@@ -181,7 +179,8 @@ __device__ void score_planes(const SelectParams& p, int rank, ClusterRoom& room,
   using Ring = LandmarkRing<Stored, D>;
   using Piece = typename Ring::Piece;
   constexpr int TILES = Ring::TILES, STEPS = Piece::DIMS / 4;
-  const int lane = threadIdx.x % 32, warp = static_cast<int>(threadIdx.x) / 32 - RANK_PARTS * RANK_THREADS / 32;
+  constexpr int RANK_WARPS = RANK_PARTS * RANK_THREADS / 32;
+  const int lane = threadIdx.x % 32, warp = static_cast<int>(threadIdx.x) / 32 - RANK_WARPS;
   const Ring ring(room, warp);
   Stages<Stored, D> coming(p, rank, warp, first_plane(p));
   for (int s = 0; s < CLUSTER_STAGES && coming.is_there(p); ++s) {

@@ -31,12 +31,16 @@ ODD_SIZES = [
 ]
 """Of ops that serve any: what 16-byte words do not fit, and the longest rows."""
 
+OF_ONE_SIZE = {"await_rows"}
+RUNS = [(SIZES[0], name) for name in OF_ONE_SIZE]
+RUNS += [(sizes, name) for sizes in SIZES for name in cases.ARGUMENTS.keys() - OF_ONE_SIZE]
+ODD_RUNS = [(sizes, name) for sizes in ODD_SIZES for name in layer_cases.ANY_SIZE]
+
 
 def main() -> None:
     if compiled.ABSENT or not torch.cuda.is_available():
         sys.exit(f"kernels: {compiled.ABSENT or 'loaded'}; GPU: {torch.cuda.is_available()}")
-    runs = [(sizes, name) for sizes in SIZES for name in cases.ARGUMENTS]
-    runs += [(sizes, name) for sizes in ODD_SIZES for name in layer_cases.ANY_SIZE]
+    runs = sorted(RUNS + ODD_RUNS, key=lambda run: run[1])
     for sizes, name in runs:
         getattr(torch.ops.shadowkv, name)(*cases.ARGUMENTS[name](sizes).values())
         try:
