@@ -26,16 +26,40 @@ struct Ranked {
   int* ids;
 };
 
+/// Four flags, a byte each, of chunks from `first` on; those behind the last are barred.
+__device__ __noinline__ uint32_t read_flags(const bool* excluded, int first, int chunks) {
+  uint32_t flags = 0;
+#pragma unroll 1
+  for (int i = 0; i < 4; ++i) {
+    const bool is_barred = first + i >= chunks || excluded[first + i];
+    flags |= static_cast<uint32_t>(is_barred) << (8 * i);
+  }
+  return flags;
+}
+
 /// Which of a thread's chunks are barred: bit 4 k + i of its i-th of the k-th time.
 __device__ inline uint64_t find_barred(const bool* excluded, int chunks) {
+  constexpr int STEP = RANK_THREADS * 4, AT_ONCE = 4;
+  const bool in_words = reinterpret_cast<uint64_t>(excluded) % 4 == 0;
   uint64_t barred = 0;
   int bit = 0;
 #pragma unroll 1
-  for (int first = Rankers::index() * 4; first < chunks; first += RANK_THREADS * 4, bit += 4) {
+  for (int first = Rankers::index() * 4; first < chunks; first += AT_ONCE * STEP) {
+    uint32_t flags[AT_ONCE];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const bool is_barred = first + i >= chunks || excluded[first + i];
-      barred |= static_cast<uint64_t>(is_barred) << (bit + i);
+    for (int k = 0; k < AT_ONCE; ++k) {  // All are on their way before the first is there.
+      const int at = first + k * STEP;
+      if (in_words && at + 4 <= chunks) {
+        flags[k] = *reinterpret_cast<const uint32_t*>(excluded + at);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; ++k, bit += 4) {
+      const int at = first + k * STEP;
+      if (at >= chunks) break;
+      if (!in_words || at + 4 > chunks) flags[k] = read_flags(excluded, at, chunks);
+      const uint32_t bits = (flags[k] | flags[k] >> 7 | flags[k] >> 14 | flags[k] >> 21) & 0xf;
+      barred |= static_cast<uint64_t>(bits) << bit;
     }
   }
   return barred;
@@ -48,7 +72,7 @@ __device__ inline void find_totals(RankRoom& room, const Ranked& plane, int grou
   const int lane = Rankers::index() % 32, warp = Rankers::index() / 32;
   auto each = [&](int g, auto&& f) {
     int bit = 0;
-#pragma unroll 1
+#pragma unroll 2
     for (int first = Rankers::index() * 4; first < plane.own.chunks;
          first += RANK_THREADS * 4, bit += 4) {
       f(*reinterpret_cast<float4*>(plane.logits + g * plane.stride + first), bit);

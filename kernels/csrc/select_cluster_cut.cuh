@@ -9,7 +9,7 @@ constexpr int OWN_BINS = SELECT_BINS / RANK_THREADS;
 static_assert(OWN_BINS % 8 == 0, "a thread reads its bins as words of 16 bytes");
 
 /// One for all who call it: instructions come from far away at every layer.
-__device__ __noinline__ uint64_t scan_rankers(uint64_t value, uint64_t* room, uint64_t& total) {
+__device__ __noinline__ uint32_t scan_rankers(uint32_t value, uint32_t* room, uint32_t& total) {
   return scan_block<Rankers>(value, room, total);
 }
 
@@ -29,27 +29,29 @@ __device__ inline int count_of(uint32_t two, int bin) {
 
 /// Find the bin of the `wanted`-th key of the cluster, lowest bin first; fewer are wanted where fewer
 /// are there. Returns how many keys lower ranks have in the better ones of this thread's bins.
-__device__ inline int find_cluster_bin(RankRoom& room, int blocks, int rank, int& wanted) {
+__device__ __noinline__ int find_cluster_bin(RankRoom& room, int blocks, int rank, int& wanted) {
   uint32_t of_all[OWN_BINS / 2] = {}, of_lower[OWN_BINS / 2] = {};  // two sums a word, too
 #pragma unroll
-  for (int r = 0; r < MOST_CLUSTER_BLOCKS; ++r) {
-    if (r >= blocks) break;
-    const uint4* bins = reinterpret_cast<const uint4*>(of_rank(room.bins, r));
+  for (int w = 0; w < OWN_BINS / 8; ++w) {
+    uint4 fours[MOST_CLUSTER_BLOCKS];  // All are on their way before the first is there.
 #pragma unroll
-    for (int w = 0; w < OWN_BINS / 8; ++w) {
-      const uint4 four = bins[Rankers::index() * (OWN_BINS / 8) + w];
-      const uint32_t words[4] = {four.x, four.y, four.z, four.w};
+    for (int r = 0; r < MOST_CLUSTER_BLOCKS; ++r) {
+      const uint4* bins = reinterpret_cast<const uint4*>(of_rank(room.bins, r < blocks ? r : rank));
+      fours[r] = bins[Rankers::index() * (OWN_BINS / 8) + w];
+    }
+#pragma unroll
+    for (int r = 0; r < MOST_CLUSTER_BLOCKS; ++r) {
+      const uint32_t words[4] = {fours[r].x, fours[r].y, fours[r].z, fours[r].w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        of_all[w * 4 + i] += words[i];
+        of_all[w * 4 + i] += r < blocks ? words[i] : 0;
         of_lower[w * 4 + i] += r < rank ? words[i] : 0;
       }
     }
   }
-  int sum = 0;
+  uint32_t sum = 0, total;
 #pragma unroll
   for (int i = 0; i < OWN_BINS; ++i) sum += count_of(of_all[i / 2], i);
-  uint64_t total;
   int before = static_cast<int>(scan_rankers(sum, room.scan, total));
   wanted = min(wanted, static_cast<int>(total));
   if (wanted == 0) return 0;
@@ -89,7 +91,7 @@ __device__ inline int cut_by_list(RankRoom& room, Meeting& meeting, int blocks, 
     }
     if (Rankers::index() < MOST_CLUSTER_BLOCKS) room.ends[r] = end;
   }
-#pragma unroll 1
+#pragma unroll 2
   for (int c = Rankers::index(); c < chunks; c += RANK_THREADS) {
     const uint32_t key = keys[c];
     if (key && bin_of(best, score_of(key)) == room.bin) {
@@ -166,10 +168,9 @@ __device__ __noinline__ int cut_by_digits(RankRoom& room, Meeting& meeting, int 
   }
   const int run = (chunks + RANK_THREADS - 1) / RANK_THREADS;
   const int begin = min(Rankers::index() * run, chunks), end = min(begin + run, chunks);
-  int mine = 0;
+  uint32_t mine = 0, total;
 #pragma unroll 1
   for (int c = begin; c < end; ++c) mine += keys[c] == prefix;
-  uint64_t total;
   int place = static_cast<int>(scan_rankers(mine, room.scan, total));
 #pragma unroll 1
   for (int c = begin; c < end; ++c) {
@@ -192,17 +193,20 @@ __device__ inline void write_share(RankRoom& room, const uint32_t* keys, int fir
   // A thread owns a run of keys of odd length: neighbours read other banks.
   const int run = ((chunks + RANK_THREADS - 1) / RANK_THREADS) | 1;
   const int begin = min(Rankers::index() * run, chunks), end = min(begin + run, chunks);
-  int mine = 0;
-#pragma unroll 1
-  for (int c = begin; c < end; ++c) mine += is_chosen(c);
-  const uint64_t both = static_cast<uint64_t>(in_lower) << 32 | static_cast<uint32_t>(mine);
-  uint64_t total;
-  const uint64_t before = scan_rankers(both, room.scan, total);
-  int place = static_cast<int>(total >> 32) + static_cast<int>(before & 0xffffffffu);
-#pragma unroll 1
-  for (int c = begin; c < end; ++c) {
-    if (is_chosen(c)) ids[place++] = first + c;
+  uint64_t chosen = 0;  // a bit each, of as many as it has
+#pragma unroll 4
+  for (int i = 0; i < min(end - begin, 64); ++i) {
+    chosen |= static_cast<uint64_t>(is_chosen(begin + i)) << i;
   }
+  const bool has_last = end - begin > 64 && is_chosen(begin + 64);
+  // Two sums in a word: each is of no more chunks than a row has.
+  const uint32_t both = static_cast<uint32_t>(in_lower) << 16 | (__popcll(chosen) + has_last);
+  uint32_t total;
+  const uint32_t before = scan_rankers(both, room.scan, total);
+  int place = static_cast<int>((total >> 16) + (before & 0xffffu));
+#pragma unroll 1
+  for (; chosen; chosen &= chosen - 1) ids[place++] = first + begin + __ffsll(chosen) - 1;
+  if (has_last) ids[place] = first + begin + 64;
 }
 
 }  // namespace shadowkv

@@ -15,7 +15,8 @@ using Meeting = ClusterMeeting<Rankers>;
 struct alignas(16) RankRoom {
   uint32_t bins[SELECT_BINS / 2];  // two counts of 16 bits a word
   uint2 tied[MOST_TIED];           // key and id, rank by rank: first a block's own, then all
-  uint64_t met[2], scan[33];
+  uint64_t met[2];
+  uint32_t scan[33];
   float highest[RANK_THREADS / 32][MAX_QUERY_GROUP], sums[RANK_THREADS / 32][MAX_QUERY_GROUP];
   float2 totals[MAX_QUERY_GROUP];
   float norms[MAX_QUERY_GROUP], peaks[MAX_QUERY_GROUP];

@@ -30,6 +30,8 @@ class ShadowKVGroup(SparseGroup):
         self.value_forms = first.value_forms(self.shape.num_layers)
         if first.value_placement == "host" and store.device.type == "cuda":
             self.key_stream = SideStream(store.device)
+        self.fetch_turns = torch.zeros(2, dtype=torch.int32, device=store.device)
+        """Which all lanes and micro-batches take, so that the first of them is served first."""
         ranks = [spec.rank for spec in self.specs if isinstance(spec, ShadowKVSpec)]
         self.max_rank = max(ranks)
         self.rank = torch.tensor(ranks, dtype=torch.int32, device=store.device)
@@ -84,6 +86,7 @@ class ShadowKVGroup(SparseGroup):
             self.prompt_index,
             *placed,
             self.buffer(self.values[layer]),
+            self.fetch_turns,
         )
 
     def load_keys(self, layer: int, placed: Placed) -> None:

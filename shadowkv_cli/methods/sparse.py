@@ -295,8 +295,10 @@ class SparseGroup(Group):
         self._parts, self.progress = [], None
         if count == 1:
             return
+        # The first lane is the one that may be smaller: with it the bus begins to work.
         size = math.ceil(len(rows) / count)
-        self._parts = [self.subset(rows[first : first + size]) for first in rows[::size]]
+        ends = range(len(rows), 0, -size)[::-1]
+        self._parts = [self.subset(rows[max(end - size, 0) : end]) for end in ends]
         if self.key_stream is None:
             return
         # What the first lane can do goes before all that later ones can do, the selection last.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "matrix.cuh"
 
@@ -47,24 +48,24 @@ struct PartOfBlock {
 
 /// The sum of the values of the threads before this one; `total` of all. All of those who work
 /// together call it, with room for 33 words that it may use again after their next barrier.
-template <typename Threads = WholeBlock>
-__device__ inline uint64_t scan_block(uint64_t value, uint64_t* room, uint64_t& total) {
+template <typename Threads = WholeBlock, typename T>
+__device__ inline T scan_block(std::common_type_t<T> value, T* room, T& total) {
   const int lane = threadIdx.x % 32, warp = Threads::index() / 32, warps = Threads::warps();
-  uint64_t sum = value;
+  T sum = value;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
-    const uint64_t before = __shfl_up_sync(ALL_LANES, sum, step);
+    const T before = __shfl_up_sync(ALL_LANES, sum, step);
     if (lane >= step) sum += before;
   }
   Threads::sync();  // The room may still be read from the call before.
   if (lane == 31) room[warp] = sum;
   Threads::sync();
   if (warp == 0) {
-    uint64_t of_warp = lane < warps ? room[lane] : 0;
-    const uint64_t own = of_warp;
+    T of_warp = lane < warps ? room[lane] : 0;
+    const T own = of_warp;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-      const uint64_t before = __shfl_up_sync(ALL_LANES, of_warp, step);
+      const T before = __shfl_up_sync(ALL_LANES, of_warp, step);
       if (lane >= step) of_warp += before;
     }
     room[lane] = of_warp - own;

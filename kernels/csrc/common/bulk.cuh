@@ -11,7 +11,7 @@ namespace shadowkv {
 /// than a copy takes.
 __device__ inline void fence_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-/// A barrier that so many arrivals complete at a time, or one `load_bulk`.
+/// A barrier that so many arrivals complete at a time, or what was told it to expect.
 __device__ inline void init_barrier(uint64_t* barrier, uint32_t arrivals = 1) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(arrivals)
@@ -57,9 +57,9 @@ __device__ inline void arrive_when_loaded(uint64_t* barrier) {
                : "memory");
 }
 
-/// Begin to read bytes of global memory, or of pinned host memory, into shared memory.
-__device__ inline void load_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
-  expect_bytes(barrier, bytes);
+/// Begin to read bytes of global memory, or of pinned host memory, into shared memory; `barrier` has
+/// been told to expect them.
+__device__ inline void begin_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
           shared_address(to)),
@@ -67,7 +67,7 @@ __device__ inline void load_bulk(void* to, const void* from, uint32_t bytes, uin
       : "memory");
 }
 
-/// The same with a policy for the cache.
+/// The same for a barrier that expects this alone, with a policy for the cache.
 __device__ inline void load_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
                                  uint64_t policy) {
   expect_bytes(barrier, bytes);
