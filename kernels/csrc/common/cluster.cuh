@@ -31,8 +31,7 @@ __device__ const T* of_rank(const T* own, int rank) {
 }
 
 /// Where `Threads` of all blocks of a cluster meet while others go on: who has waited sees what those
-/// that arrived had written to shared memory, and only there. With global memory too, each arrival
-/// would wait for all that its thread has written to it, and each wait would empty the L1 cache.
+/// that arrived had written to shared and global memory.
 ///
 /// Two barriers take turns, so that a block that is ahead does not arrive where others still wait.
 template <typename Threads>
@@ -48,8 +47,7 @@ class ClusterMeeting {
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
                  : "=r"(there)
                  : "r"(shared_address(&barriers_[met_ & 1])), "r"(Threads::index()));
-    asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
-    asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(there)
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(there)
                  : "memory");
   }
 
@@ -58,13 +56,12 @@ class ClusterMeeting {
     while (!complete) {
       asm volatile(
           "{\n\t.reg .pred done;\n\t"
-          "mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 done, [%1], %2;\n\t"
+          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n\t"
           "selp.u32 %0, 1, 0, done;\n\t}"
           : "=r"(complete)
           : "r"(shared_address(&barriers_[met_ & 1])), "r"(met_ >> 1 & 1)
           : "memory");
     }
-    asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
     ++met_;
   }
 
