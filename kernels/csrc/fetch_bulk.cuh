@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common/bulk.cuh"
+#include "common/progress.cuh"
 #include "fetch_values.cuh"
 
 namespace shadowkv {
@@ -98,7 +99,11 @@ __device__ inline void convert_pieces(const char* held, int held_bytes, int piec
 __device__ inline void take_turn(uint32_t* turns, uint32_t most) {
   if (turns && threadIdx.x % 32 == 0) {
     const uint32_t own = atomicAdd(&turns[0], 1);
-    while (own - *static_cast<volatile uint32_t*>(&turns[1]) >= most) __nanosleep(200);
+    const uint64_t began = now();
+    while (own - *static_cast<volatile uint32_t*>(&turns[1]) >= most) {
+      __nanosleep(200);
+      if (now() - began > LONGEST_WAIT) __trap();
+    }
   }
   __syncwarp();
 }
