@@ -41,7 +41,7 @@ SHARE: Mapping[str, float] = {
 DENSE_ROW_US = 0.9
 """Microseconds that each row adds to the dense part of a layer."""
 
-CONTENTION = 1.02
+CONTENTION = 1.1
 """How much longer another micro-batch's work takes beside a fetch, fitted to one cell of
 results/h100-decode-micro-batches."""
 
