@@ -8,10 +8,3 @@ if ! command -v "$sanitizer" >/dev/null; then
 fi
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
-
-# What racecheck cannot watch: it takes blocks of a cluster that meet at barriers in memory, as those of
-# select_in_cluster do, for blocks that never meet, whatever fences they use. memcheck watches them too.
-# Against races there are tests of planes beside each other, and the soak.
-exclusions() {
-	[ "$1" = racecheck ] && echo "--kernel-regex-exclude kns=select_in_cluster"
-}

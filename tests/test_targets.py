@@ -6,8 +6,6 @@ import json
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -116,10 +114,12 @@ def small_run(tiny_model_folder: Path, tmp_path: Path) -> Path:
 
 def test_a_run_without_a_gpu_meets_no_target(small_run: Path) -> None:
     ops = [{"op": "select_chunks", "batch_size": b, "ms": ms} for b, ms in ((24, 0.3), (8, 0.4))]
-    (small_run / "ops.json").write_text(json.dumps({"results": ops}))
+    own = {"device": None, "git": {"commit": "other"}, "command": ["op_speed", "--json"]}
+    (small_run / "ops.json").write_text(json.dumps({"results": ops, **own}))
     rows = {r["name"]: r for r in compare([small_run])}
     chosen = rows.pop("select_chunks, batch 24")
     assert (chosen["measured"], chosen["met"]) == (0.3, True)
+    assert (chosen["commit"], chosen["command"]) == ("other", "op_speed --json"), "not the run's"
     assert {r["met"] for r in rows.values()} == {None}
     assert {r["command"].split()[0] for r in rows.values()} == {"shadowkv"}
 
@@ -146,13 +146,11 @@ def test_the_command_writes_targets_and_the_table(
 
 
 def test_a_figure_is_told_with_the_run_that_gave_it() -> None:
-    runs: list[Any] = [
-        SimpleNamespace(
-            manifest={
-                "environment": {"git": {"commit": name}, "gpu": {"name": "H100"}},
-                "command": ["measure", name],
-            }
-        )
+    manifests = [
+        {
+            "environment": {"git": {"commit": name}, "gpu": {"name": "H100"}},
+            "command": ["measure", name],
+        }
         for name in ("first", "second")
     ]
     alone = [{"a": 1.0, "b": 2.0}, {"b": 3.0, "c": 4.0}]
@@ -161,7 +159,7 @@ def test_a_figure_is_told_with_the_run_that_gave_it() -> None:
         Target(name, None, "", lambda found, name=name: found.get(name))
         for name in (*together, "none")
     ]
-    rows = {row["name"]: row for row in judge(wanted, together, runs, alone)}
+    rows = {row["name"]: row for row in judge(wanted, together, manifests, alone)}
     told = {name: (row["commit"], row["command"]) for name, row in rows.items()}
     of_first, of_second = ("first", "measure first"), ("second", "measure second")
     of_all = ("first", "measure first && measure second")
@@ -175,12 +173,11 @@ def test_a_ratio_has_both_sides_from_one_run_and_limits_are_of_all() -> None:
         {"environment": {"git": {"commit": name}, "gpu": {"name": "H100"}}, "command": [name]}
         for name in ("first", "second")
     ]
-    runs: list[Any] = [SimpleNamespace(manifest=manifest) for manifest in manifests]
     busy, calm = ({"phase_ms": {"matrix products": ms}} for ms in (7.0, 5.0))
     first = [row("full", 100), driven(405, 0.59, **busy)]
     second = [row("full", 90), driven(380, 0.59, **calm)]
     alone = [Run(first, []), Run(second, [])]
-    found = {r["name"]: r for r in judge(TARGETS, Run([*first, *second], []), runs, alone)}
+    found = {r["name"]: r for r in judge(TARGETS, Run([*first, *second], []), manifests, alone)}
     ratio = found["exact bf16, hits driven to 60 %"]
     assert (ratio["measured"], ratio["commit"]) == (pytest.approx(380 / 90, abs=1e-3), "second")
     dense = found["dense part of a step, all batches"]
@@ -202,6 +199,16 @@ def test_runs_of_other_devices_are_not_mixed(small_run: Path, tmp_path: Path) ->
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UsageError, match="different devices: None, H200"):
         compare([small_run, other])
+    speeds = {"device": "H200", "git": None, "command": ["op_speed"], "results": []}
+    (small_run / "ops.json").write_text(json.dumps(speeds))
+    with pytest.raises(UsageError, match="different devices: None, H200"):
+        compare([small_run])
+    for text in (json.dumps(speeds)[:-9], json.dumps({"results": []}), "[]"):
+        (small_run / "ops.json").write_text(text)
+        with pytest.raises(
+            UsageError, match=r"ops.json is cut off, or no output of bench.op_speed"
+        ):
+            compare([small_run])
 
 
 def test_a_document_without_a_place_is_refused(tmp_path: Path) -> None:
@@ -227,8 +234,14 @@ def test_the_readme_has_the_table_of_the_committed_run(run: str, name: str) -> N
 
 @pytest.mark.parametrize("run", ["h100-decode", "h100-prefill"])
 def test_a_committed_figure_comes_from_a_committed_run(run: str) -> None:
-    """Its command writes to a folder of results/ whose manifest names the same commit."""
+    """Its command writes to a folder of results/ whose manifest names the same commit, or it is the
+    one that the speeds of the ops were written by."""
+    file = ROOT / "results" / run / "ops.json"
+    ops = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     for row in json.loads((ROOT / "results" / run / "targets.json").read_text(encoding="utf-8")):
+        if row["command"] == " ".join(ops.get("command", [])):
+            assert row["commit"] == ops["git"]["commit"], row["name"]
+            continue
         folders = re.findall(r"--output (results/\S+)", row["command"])
         manifests = [json.loads((ROOT / f / "manifest.json").read_text()) for f in folders]
         assert manifests[0]["environment"]["git"]["commit"] == row["commit"], row["name"]

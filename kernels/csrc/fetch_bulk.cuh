@@ -25,7 +25,7 @@ struct Bulk {
   static constexpr int BLOCKS = CONVERTS ? 12 : 6;
   static constexpr int HELD_BYTES = BULK_WARPS * BULK_STAGES * STAGE_BYTES;
   /// Warps that read at a time, of all launches that take turns.
-  static constexpr uint32_t TURNS = BLOCKS * BULK_WARPS;
+  static constexpr int TURNS = BLOCKS * BULK_WARPS;
 };
 
 /// A part of a missing chunk; no bytes: none.
@@ -96,11 +96,12 @@ __device__ inline void convert_pieces(const char* held, int held_bytes, int piec
 
 /// Wait until fewer than `most` warps read, first come, first served: a warp. Whoever waits holds
 /// nothing that another one waits for.
-__device__ inline void take_turn(uint32_t* turns, uint32_t most) {
+__device__ inline void take_turn(uint32_t* turns, int most) {
   if (turns && threadIdx.x % 32 == 0) {
     const uint32_t own = atomicAdd(&turns[0], 1);
     const uint64_t began = now();
-    while (own - *static_cast<volatile uint32_t*>(&turns[1]) >= most) {
+    // Before a look, more may have gone by than were ahead: a difference below 0.
+    while (static_cast<int>(own - *static_cast<volatile uint32_t*>(&turns[1])) >= most) {
       __nanosleep(200);
       if (now() - began > LONGEST_WAIT) __trap();
     }

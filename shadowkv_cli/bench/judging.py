@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -11,12 +11,13 @@ from typing import Any, Generic, TypeVar
 from shadowkv_cli.bench.markdown import markdown_table
 from shadowkv_cli.console import print_table
 from shadowkv_cli.errors import UsageError
-from shadowkv_cli.results import Run
 from shadowkv_cli.rowlog import write_atomic
 
 FILE = "targets.json"
 HEADS = ["target", "wanted", "measured", "unit", ""]
 M = TypeVar("M")
+Manifest = Mapping[str, Any]
+"""Of a run: where and how it was measured."""
 
 
 @dataclass(frozen=True)
@@ -42,20 +43,24 @@ class Target(Generic[M]):
         return figure <= wanted if self.is_limit else figure >= wanted
 
 
-def check_one_device(runs: Sequence[Run]) -> None:
+def check_one_device(manifests: Sequence[Manifest]) -> None:
     """Raise UsageError for runs of different devices, whose figures do not belong together."""
-    devices = dict.fromkeys(map(_device, runs))
+    devices = dict.fromkeys(map(_device, manifests))
     if len(devices) > 1:
         raise UsageError(f"The runs were made on different devices: {', '.join(map(str, devices))}")
 
 
 def judge(
-    targets: Sequence[Target[M]], measured: M, runs: Sequence[Run], alone: Sequence[M] = ()
+    targets: Sequence[Target[M]],
+    measured: M,
+    manifests: Sequence[Manifest],
+    alone: Sequence[M] = (),
 ) -> list[dict[str, Any]]:
     """Each target beside what the runs measured.
 
     Args:
         measured: by all runs together.
+        manifests: theirs.
         alone: by each of them. A figure that is to be at least so much is that of the best run, so
             that a ratio never has its sides from two. Each is told with commands and commit of the
             first run that gives it; one that none gives alone has the commands of all, and the
@@ -69,13 +74,13 @@ def judge(
         if found and not target.is_limit:
             figure = max(found)
         gave = [
-            run
-            for run, one in zip(runs, own, strict=bool(alone))
+            manifest
+            for manifest, one in zip(manifests, own, strict=bool(alone))
             if figure is not None and one == figure
         ]
-        told = gave[:1] or runs
-        git = told[0].manifest["environment"].get("git") or {}
-        commands = dict.fromkeys(" ".join(line) for run in told for line in _commands(run))
+        told = gave[:1] or manifests
+        git = told[0]["environment"].get("git") or {}
+        commands = dict.fromkeys(" ".join(line) for one in told for line in _commands(one))
         rows.append(
             {
                 "name": target.name,
@@ -86,20 +91,20 @@ def judge(
                 "met": target.met(figure, wanted),
                 "command": " && ".join(commands),
                 "commit": git.get("commit"),
-                "device": _device(runs[0]),
+                "device": _device(manifests[0]),
             }
         )
     return rows
 
 
-def _commands(run: Run) -> list[list[str]]:
+def _commands(manifest: Manifest) -> list[list[str]]:
     """All command lines that a run was measured with, the last one last."""
-    earlier = [session["command"] for session in run.manifest.get("earlier_sessions", [])]
-    return [*earlier, run.manifest["command"]]
+    earlier = [session["command"] for session in manifest.get("earlier_sessions", [])]
+    return [*earlier, manifest["command"]]
 
 
-def _device(run: Run) -> str | None:
-    name: str | None = (run.manifest["environment"].get("gpu") or {}).get("name")
+def _device(manifest: Manifest) -> str | None:
+    name: str | None = (manifest["environment"].get("gpu") or {}).get("name")
     return name
 
 

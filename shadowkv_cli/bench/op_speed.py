@@ -15,6 +15,7 @@ import argparse
 import importlib
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -323,7 +324,9 @@ def main() -> None:
     name = torch.cuda.get_device_name()
     if args.json:
         git = git_state(PACKAGE_DIR)
-        facts = {"device": name, "git": git, **peaks, "context_length": tokens}
+        command = ["python", "-m", "shadowkv_cli.bench.op_speed", *sys.argv[1:]]
+        facts = {"device": name, "git": git, "command": command, **peaks}
+        facts |= {"context_length": tokens}
         print_json({**facts, "results": rows})
         return
     table = [

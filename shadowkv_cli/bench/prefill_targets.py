@@ -154,11 +154,11 @@ def compare(*folders: Path) -> list[dict[str, Any]]:
     Raises UsageError where there is no run, or runs are of different devices.
     """
     runs = [read_run(folder) for folder in folders]
-    check_one_device(runs)
+    check_one_device([run.manifest for run in runs])
     found = []
     for run in runs:
         rows = [row for row in run.prefill if row["error"] is None]
-        found.append(judge(TARGETS, Measured(rows), [run]))
+        found.append(judge(TARGETS, Measured(rows), [run.manifest]))
     return [
         next((row for row in by_run if row["measured"] is not None), by_run[0])
         for by_run in zip(*found, strict=True)

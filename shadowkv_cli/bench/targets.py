@@ -197,28 +197,36 @@ def _middle(values: list[float]) -> float | None:
 def compare(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """Each target beside what the runs measured, with the command and commit of the one that did.
 
-    Raises UsageError where there is no run, runs are of other devices, or the speeds of the ops are
-    cut off.
+    Raises UsageError where there is no run, runs or ops are of other devices, or the speeds of the
+    ops are cut off.
     """
     runs = [read_run(folder) for folder in folders]
-    check_one_device(runs)
-    by_run = [[row for row in run.throughput if row["error"] is None] for run in runs]
-    ops = _speeds_of_ops(folders[0])
-    alone = [Run(rows, [] if place else ops) for place, rows in enumerate(by_run)]
-    return judge(TARGETS, Run([*chain.from_iterable(by_run)], ops), runs, alone)
+    manifests = [run.manifest for run in runs]
+    alone = [Run([row for row in run.throughput if row["error"] is None], []) for run in runs]
+    ops = _speeds_of_ops(folders[0] / "ops.json")
+    if ops is not None:  # a measurement of its own, maybe of another commit
+        manifests.append(ops[0])
+        alone.append(Run([], ops[1]))
+    check_one_device(manifests)
+    together = Run(
+        [*chain.from_iterable(run.rows for run in alone)],
+        [*chain.from_iterable(run.ops for run in alone)],
+    )
+    return judge(TARGETS, together, manifests, alone)
 
 
-def _speeds_of_ops(folder: Path) -> list[Row]:
-    file = folder / "ops.json"
+def _speeds_of_ops(file: Path) -> tuple[dict[str, Any], list[Row]] | None:
+    """What bench.op_speed wrote, as a manifest and rows; None where there is no such file."""
     if not file.is_file():
-        return []
+        return None
     try:
-        rows: list[Row] = json.loads(file.read_text(encoding="utf-8"))["results"]
+        found = json.loads(file.read_text(encoding="utf-8"))
+        environment = {"git": found["git"], "gpu": {"name": found["device"]}}
+        return {"environment": environment, "command": found["command"]}, found["results"]
     except (json.JSONDecodeError, KeyError, TypeError):
         raise UsageError(
             f"{file} is cut off, or no output of bench.op_speed: write it again."
         ) from None
-    return rows
 
 
 def main() -> None:
