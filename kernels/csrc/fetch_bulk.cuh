@@ -148,8 +148,8 @@ __global__ void __launch_bounds__(BULK_THREADS)
     if (lane == 0 && bytes) expect_bytes(barrier, bytes);
     __syncwarp();
     if (piece.bytes) {
-      begin_load(held + stage * STAGE_BYTES + lane * piece_bytes, piece.from, piece.bytes,
-                 barrier);
+      begin_load(shared_address(held + stage * STAGE_BYTES + lane * piece_bytes), piece.from,
+                 piece.bytes, barrier);
     }
   };
 

@@ -12,6 +12,7 @@ struct SelectParams {
   const void* landmarks;  // [P, Hk, C, L, D], contiguous from C on
   const float* scales;    // [P, Hk, C, L], contiguous from C on: of landmarks in 8 bits, or null
   int64_t landmark_prompt, landmark_head, scale_prompt, scale_head;
+  bool scales_in_words;     // those of a plane begin at a multiple of 16 bytes
   const int* prompt_index;  // [R]
   const int* num_chunks;    // [R]
   const bool* excluded;     // [R, Hk, C]
