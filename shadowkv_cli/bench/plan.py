@@ -2,7 +2,8 @@
 
 Arithmetic from sizes, probes and a hit rate. A phase takes a fixed time for each launch and the
 time of its bytes at a share of the probe; the constants were fitted to runs on one H100
-(results/h100-decode), and what overlaps is taken off. On a CPU nothing is foretold this way.
+(results/h100-decode and h100-decode-batch-1), and what overlaps is taken off. On a CPU nothing is
+foretold this way.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ DENSE_ROW_US = 0.9
 
 CONTENTION = 1.08
 """How much longer another micro-batch's work takes beside a fetch, fitted to one cell of
-results/h100-decode-micro-batches."""
+results/h100-decode."""
 
 
 @dataclass(frozen=True)
