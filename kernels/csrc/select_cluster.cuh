@@ -1,13 +1,13 @@
 // select_chunks as one kernel, where GPUs have clusters: the logits never leave shared memory.
 //
 // As many clusters as run at once take planes, each a row and KV head, in turns. The blocks of one
-// take a range of its chunks each, so that ids ascend with ranks. They send each other four messages:
-// softmax totals; how many scores lie how far below the best, in coarse bins; the same in the finer
-// ones of a coarse bin; the few keys of the bin that holds the last one wanted. Every block works out
-// the same from them, where its own ids begin too. Meanwhile other warps score the next planes, so that
-// landmarks are read all the time; and since all blocks have begun, kernels beside this one cannot
-// take their room. Few loops are unrolled: in a layer other kernels drive the instructions out of
-// the caches, and reading 100 KiB of them took longer than ranking.
+// take a range of its chunks each, so that ids ascend with ranks. They send each other up to four
+// messages: softmax totals; how many scores lie how far below the best, in coarse bins; the same in
+// the finer ones of a coarse bin; the few keys of the bin that holds the last one wanted. Every
+// block works out the same from them, where its own ids begin too. Meanwhile other warps score the
+// next planes, so that landmarks are read all the time; and since all blocks have begun, kernels
+// beside this one cannot take their room. Few loops are unrolled: in a layer other kernels drive
+// the instructions out of the caches, and reading 100 KiB of them took longer than ranking.
 #pragma once
 
 #include "common/progress.cuh"

@@ -142,7 +142,7 @@ __device__ inline int cut_by_list(RankRoom& room, ClusterMail& mail, const Cut& 
                                   int wanted, float best) {
   Rankers::sync();  // All warps have read the message before.
   if (Rankers::index() == 0) mail.expect((cut.in_bin + blocks) * sizeof(uint2));
-  // Whoever has no such key says that it has come so far, as the next message to it takes that place.
+  // Whoever has no such key says that it has come so far: the next message to it takes that place.
   if (Rankers::index() < blocks) {
     mail.send(&room.tied[cut.in_bin + rank], Rankers::index(), 0, 0);
   }
@@ -180,8 +180,9 @@ __device__ inline int cut_by_list(RankRoom& room, ClusterMail& mail, const Cut& 
   return in_lower;
 }
 
-/// Find the bin of the `wanted`-th key of the cluster, lowest bin first, of which there are so many, in
-/// the bins of all blocks. Returns how many keys lower ranks have in the better ones of this thread's bins.
+/// Find the bin of the `wanted`-th key of the cluster, lowest bin first, of which there are so many,
+/// in the bins of all blocks. Returns how many keys lower ranks have in the better ones of this
+/// thread's bins.
 __device__ __noinline__ int find_cluster_bin(RankRoom& room, int blocks, int rank, int wanted) {
   uint32_t of_all[OWN_BINS / 2] = {}, of_lower[OWN_BINS / 2] = {};  // two sums a word, too
 #pragma unroll
@@ -236,7 +237,8 @@ __device__ __noinline__ int cut_by_digits(RankRoom& room, Meeting& meeting, int 
   for (int left = 32; left > 0;) {
     const int bits = min(left, BITS), highest_digit = (1 << bits) - 1;
     left -= bits;
-    meeting.sync();  // Everybody has read the bins.
+    // Everybody has read the bins, and the last message, whose place the next one takes.
+    meeting.sync();
     clear_bins(room);
     Rankers::sync();
 #pragma unroll 1

@@ -101,8 +101,8 @@ class LandmarkRing {
     // A word that holds the last scale is there as a whole.
     const uint32_t scale_bytes = SCALED && !lanes_load_scales_ ? (rows + 3) / 4 * 16 : 0;
     expect_bytes(&arrived_[slot], bytes + scale_bytes);
-    begin_load(ring_ + slot * CLUSTER_STAGE_BYTES, from.landmarks + static_cast<int64_t>(first) * D, bytes,
-               &arrived_[slot], policy_);
+    begin_load(ring_ + slot * CLUSTER_STAGE_BYTES,
+               from.landmarks + static_cast<int64_t>(first) * D, bytes, &arrived_[slot], policy_);
     if (scale_bytes) {
       begin_load(scales_of(slot, 0), from.scales + first, scale_bytes, &arrived_[slot]);
     }
@@ -175,8 +175,9 @@ struct LogitPlace {
 /// Logits of a stage's landmarks, `first` and those after it, of which there are `count`.
 ///
 /// Landmarks are the rows of a product, sixteen; its columns are eight query heads. What has 8 bits
-/// becomes two tiles of eight. Of a tile in 16 bits the lower rows hold half of the dimensions and the
-/// upper rows the other half, as a lane has loaded them: each is multiplied by its part of the queries.
+/// becomes two tiles of eight. Of a tile in 16 bits the lower rows hold half of the dimensions and
+/// the upper rows the other half, as a lane has loaded them: each is multiplied by its part of the
+/// queries.
 template <typename Product, typename Stored, int D, int HALVES, int TILES, int COUNT, int WORDS>
 __device__ inline void score_stage(const uint32_t (&query)[D / 16][2 * HALVES],
                                    const uint32_t (&words)[TILES][COUNT][WORDS], int first,

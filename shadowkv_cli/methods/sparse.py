@@ -346,7 +346,8 @@ class SparseGroup(Group):
         counters, ids, misses = (torch.cat(parts) for parts in zip(*self._to_count, strict=True))
         self.selected.view(-1).index_add_(0, counters, (ids >= 0).sum((1, 2)))
         self.fetched.view(-1).index_add_(0, counters, misses.sum(1))
-        self._to_count, self._counted = [], self._to_count
+        self._counted += self._to_count
+        self._to_count = []
 
     def reset(self) -> None:
         super().reset()

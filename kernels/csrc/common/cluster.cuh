@@ -49,15 +49,13 @@ class ClusterMeeting {
   /// `barriers`: two at the same place in each of the blocks, for as many arrivals each.
   __device__ ClusterMeeting(uint64_t* barriers, int blocks) : barriers_(barriers), blocks_(blocks) {}
 
-  __device__ void arrive() const {
+  __device__ void sync() {
     Threads::sync();
-    if (Threads::index() >= blocks_) return;
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
-                     address_of_rank(&barriers_[met_ & 1], Threads::index()))
-                 : "memory");
-  }
-
-  __device__ void wait() {
+    if (Threads::index() < blocks_) {
+      asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
+                       address_of_rank(&barriers_[met_ & 1], Threads::index()))
+                   : "memory");
+    }
     uint32_t complete = 0;
     while (!complete) {
       asm volatile(
@@ -71,19 +69,15 @@ class ClusterMeeting {
     ++met_;
   }
 
-  __device__ void sync() {
-    arrive();
-    wait();
-  }
-
  private:
   uint64_t* barriers_;
   int blocks_;
   uint32_t met_ = 0;
 };
 
-/// Messages that the blocks of a cluster send to all of each other, one after the other. Each has been
-/// read by all when any of the one after the next is sent, so that two places hold them in turns.
+/// Messages that the blocks of a cluster send to all of each other, one after the other: none of a
+/// message's bytes are sent before its sender has all of the one before. So each has been read by all
+/// when any of the one after the next is sent, and two places hold them in turns.
 ///
 /// What is sent arrives by itself, and the barrier counts its bytes: nobody waits for other memory,
 /// and no cache is emptied, as with `ClusterMeeting`.
