@@ -24,7 +24,7 @@ SHADOWKV := HF_HUB_OFFLINE=1 $(BIN)/shadowkv
 DECODE := $(SHADOWKV) bench --state synthetic --share --sparse-budget 2048 --rank 160 \
 	--outlier-chunks 48 --value-placement host --warmup-steps 40 --decode-steps 24 --rounds 4
 LLAMA := --model shape:llama-3.1-8b --context-length 122880
-EXACT := --method shadowkv:value_buffer=4,key_buffer=4
+EXACT := --method shadowkv:value_buffer=4,key_buffer=4,resident_layers=auto
 BYTES := shadowkv:value_buffer=4,key_buffer=2,value_dtype=fp8
 FP8 := --method $(BYTES) --method $(BYTES),landmark_dtype=fp8 \
 	--method $(BYTES),landmark_dtype=fp8,landmarks_per_chunk=2,sparse_budget=1024

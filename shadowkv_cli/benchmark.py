@@ -118,7 +118,7 @@ def benchmark(config: BenchConfig) -> tuple[Path, int]:
     Returns the run's folder and the number of failed measurements.
     """
     from shadowkv_cli.bench.cases import Room, make_cases
-    from shadowkv_cli.bench.probes import stored_or_measured
+    from shadowkv_cli.bench.probes import measured_anew
     from shadowkv_cli.model.loading import load_model
 
     check_place(config.output)
@@ -126,8 +126,9 @@ def benchmark(config: BenchConfig) -> tuple[Path, int]:
     loaded.check(list(config.specs), max(config.settings.context_lengths))
     probe = None
     if loaded.device.type == "cuda":
-        # It stands in the manifest, too.
-        probe = stored_or_measured(loaded.device, [loaded.dtype])
+        # It stands in the manifest. One from another day, or from a time when something else ran,
+        # would mislead the planner and every percentage.
+        probe = measured_anew(loaded.device, [loaded.dtype])
     before = measured_before(config.output, config.fresh)
     room = Room(loaded.shape, loaded.device, weight_bytes=loaded.weight_bytes, probe=probe)
     cases = make_cases(config.specs, config.settings, room, before)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from shadowkv_cli.bench import probes
 from shadowkv_cli.cli import run
 from shadowkv_cli.environment import usable_cores
 from shadowkv_cli.tasks.tokenization import load_tokenizer
@@ -42,6 +43,25 @@ def save_tiny_model(path: Path, **changes) -> Path:
         LlamaForCausalLM(LlamaConfig(**(sizes | changes))).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def probes_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache") / "probes.json"
+
+
+@pytest.fixture(autouse=True)
+def probes_are_not_kept(monkeypatch: pytest.MonkeyPatch, probes_of_tests: Path) -> None:
+    """What is measured while other tests run is too low: no user's command may find it.
+
+    A test that sets a cache of its own has its probes there.
+    """
+    usual, cache = probes.probes_file, os.environ.get("XDG_CACHE_HOME")
+
+    def file() -> Path:
+        return probes_of_tests if os.environ.get("XDG_CACHE_HOME") == cache else usual()
+
+    monkeypatch.setattr(probes, "probes_file", file)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shadowkv_cli.bench import eager
+from shadowkv_cli.bench import eager, probes
 from shadowkv_cli.bench.driven_hits import drive
 from shadowkv_cli.bench.state import fill_synthetic
 from shadowkv_cli.cells import build_specs
@@ -217,8 +217,14 @@ def test_graphs_lanes_and_the_baseline_are_rows_of_one_run(tmp_path: Path) -> No
     command += ["--rank", "16", "--sparse-budget", "64", "--value-placement", "host"]
     command += ["--lanes", "2,1", "--graph", "on,off", "--one-at-a-time", "--eager-baseline"]
     command += ["--decode-steps", "8", "--output", str(tmp_path / "b")]
+    name = probes.device_name(torch.device("cuda", 0))
+    slow = probes.Probe(name, 1.0, {"bfloat16": 1.0}, 1.0, 1.0, 1.0, "", "2026-11-24")
+    probes.store(slow)
     assert run(command) == 0
-    rows = [row for row in read_run(tmp_path / "b").throughput if row["round"] == 0]
+    found = read_run(tmp_path / "b")
+    probe = found.manifest["environment"]["probe"]
+    assert probe["memory_read_gb_s"] > 100, "the one that was kept is not of this run"
+    rows = [row for row in found.throughput if row["round"] == 0]
     assert [(row["method"], row["lanes"], row["captured"]) for row in rows] == [
         ("full", 1, True),
         ("full", 1, False),

@@ -336,6 +336,32 @@ def test_fetch_values(sizes: Sizes, pinned: bool, fp8: bool) -> None:
     assert same_bits(arguments["buffer"], theirs["buffer"]), sizes
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("chunk_size", [8, 32])  # one piece of a chunk, and several
+def test_fetches_that_take_turns_move_what_each_moves_alone(fp8: bool, chunk_size: int) -> None:
+    turns = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    sizes = Sizes(
+        rows=6, heads=8, dim=128, chunk_size=chunk_size, chunks=200, wanted=60, slots=70,
+        fp8=fp8, device=DEVICE, poison=False,
+    )  # fmt: skip
+    beside = [cases.fetch_arguments(replace(sizes, seed=i), pinned=True) for i in range(8)]
+    theirs = [copied(arguments) for arguments in beside]
+    streams = [torch.cuda.Stream(DEVICE) for _ in beside]
+    torch.cuda.synchronize()
+    for _ in range(3):
+        for stream, arguments in zip(streams, beside, strict=True):
+            with torch.cuda.stream(stream):
+                kernel("fetch_values", arguments | {"turns": turns})
+    torch.cuda.synchronize()
+    for arguments, expected in zip(beside, theirs, strict=True):
+        reference("fetch_values", expected)
+        assert same_bits(arguments["buffer"], expected["buffer"])
+    taken, passed = turns.tolist()
+    assert taken == passed
+    if torch.cuda.get_device_capability(DEVICE) >= (9, 0):
+        assert taken >= 8 * 3, "at least a warp of each call reads"
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 @pytest.mark.parametrize(("dim", "chunk_size"), [(1, 1), (2, 3), (4, 5), (12, 2), (16, 1), (80, 8)])
 def test_fetch_values_converts_chunks_of_any_size(
@@ -708,6 +734,11 @@ def test_values_that_are_not_pinned_are_refused_by_the_kernel_alone() -> None:
         ("rebuild_keys", {"basis": lambda x: x[:, :, :5]}, "basis must be"),
         ("fetch_values", {"scales": lambda x: torch.ones(1, device=DEVICE)}, "float8_e4m3fn"),
         ("fetch_values", {"misses": lambda x: x.long()}, "misses must be int32"),
+        (
+            "fetch_values",
+            {"turns": lambda _: torch.zeros(3, dtype=torch.int32, device=DEVICE)},
+            "turns must be",
+        ),
         ("build_landmarks", {"per_chunk": lambda x: 3}, "do not divide"),
         ("rms_norm", {"weight": lambda x: x[1:]}, "weight must be"),
         ("rms_norm", {"x": lambda x: x.double(), "weight": lambda x: x.double()}, "dtype must be"),
@@ -723,6 +754,6 @@ def test_values_that_are_not_pinned_are_refused_by_the_kernel_alone() -> None:
 def test_refusals_name_the_tensor(name: str, change: dict[str, Any], words: str) -> None:
     arguments = cases.ARGUMENTS[name](Sizes(device=DEVICE))
     for key, alter in change.items():
-        arguments[key] = alter(arguments[key])
+        arguments[key] = alter(arguments.get(key))
     with pytest.raises(RuntimeError, match=words):
         kernel(name, arguments)

@@ -695,6 +695,14 @@ def refusals() -> dict[str, tuple]:
             [zeros(1, 1, 3, 4, 8), None, index, ids, ids, ids, ints([[2]]), zeros(1, 1, 3, 2, 8)],
             "values",
         ),
+        "values: turns": (
+            ops.fetch_values,
+            [
+                *[zeros(1, 1, 3, 2, 8), None, index, ids, ids, ids, ints([[2]])],
+                *[zeros(1, 1, 3, 2, 8), ints([0, 0, 0])],
+            ],
+            "turns",
+        ),
         "keys: basis": (
             ops.rebuild_keys,
             list((rebuild | {"basis": rebuild["basis"][:, :, :5]}).values()),

@@ -270,3 +270,25 @@ def test_one_logit_that_is_not_finite_is_found(bad: float) -> None:
         broken[1, place] = bad
         assert _finite_rows(broken).tolist() == [True, False, True]
     assert _finite_rows(logits).all()
+
+
+def test_a_step_that_fails_behind_the_last_layer_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, ids = tiny_model("llama"), prompt_of(301)
+    specs = build_specs(["shadowkv"], {"sparse_budget": "64", "rank": "8"})
+    session = Session(loaded, specs, prompt_tokens=len(ids), new_tokens=NEW_TOKENS)
+    first = session.prefill(ids, key="a").argmax(-1).expand(1)
+    expected = session.decode_step(first)
+    session.reset()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    [(_, group)] = session.groups
+    with monkeypatch.context() as broken:
+        broken.setattr(loaded.model.lm_head, "forward", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            session.decode_step(first)
+    assert not group._counted, "nothing is held for what no longer runs"
+    assert int(group.selected.sum()) > 0, "what it selected was counted"
+    session.reset()
+    assert torch.equal(session.decode_step(first), expected)

@@ -27,7 +27,8 @@ std::tuple<Tensor, Tensor, Tensor> update_residency(Tensor ids, Tensor step, Ten
                                                     Tensor last_used, Tensor slot_of_chunk);
 
 void fetch_values(Tensor values, std::optional<Tensor> scales, Tensor prompt_index, Tensor ids,
-                  Tensor slots, Tensor misses, Tensor miss_counts, Tensor buffer);
+                  Tensor slots, Tensor misses, Tensor miss_counts, Tensor buffer,
+                  std::optional<Tensor> turns);
 
 void rebuild_keys(Tensor coefficients, Tensor basis, Tensor prompt_index, Tensor rank, Tensor ids,
                   Tensor slots, Tensor misses, Tensor miss_counts, Tensor cos, Tensor sin,

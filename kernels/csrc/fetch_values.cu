@@ -15,10 +15,10 @@ namespace {
 /// Enough to fill the bus, and few enough that the other processors work on something else.
 constexpr int HOST_BLOCKS = 32;
 constexpr int COPY_BLOCKS_A_PROCESSOR = 4;
-/// The same for blocks that copy in bulk.
-constexpr int BULK_BLOCKS = 32;
-/// So that a block finds room on a processor beside three of select_chunks.
-constexpr size_t MOST_BULK_BYTES = 24 * 1024;
+/// So that a block finds room on a processor beside one of select_chunks.
+constexpr size_t MOST_BULK_BYTES = 80 * 1024;
+/// Which are counted in 32 bits, with those that a step goes beyond the last.
+constexpr int64_t MOST_BULK_PIECES = int64_t{1} << 30;
 /// Rows times heads whose misses are counted in shared memory: 160 KiB.
 constexpr int64_t MOST_PLANES = 40 * 1024;
 
@@ -52,10 +52,12 @@ void launch_words(int64_t bytes, const Launch& launch) {
 template <typename T>
 bool launch_bulk(const FetchParams& p, const Device& device) {
   constexpr auto kernel = fetch_in_bulk<T>;
-  const size_t bytes = bulk_bytes(p.planes);
+  const size_t bytes = bulk_bytes<T>(p.planes);
   if (bytes > MOST_BULK_BYTES || device.architecture(kernel) < 90) return false;
+  const int64_t pieces = ceil_div(p.words * 16, BULK_PIECE);
+  if (int64_t{p.planes} * p.wanted * pieces > MOST_BULK_PIECES) return false;
   device.allow_shared(kernel, MOST_BULK_BYTES);
-  kernel<<<BULK_BLOCKS, BULK_THREADS, bytes, device.stream()>>>(p);
+  kernel<<<Bulk<T>::BLOCKS, BULK_THREADS, bytes, device.stream()>>>(p);
   device.check_launch();
   return true;
 }
@@ -63,7 +65,8 @@ bool launch_bulk(const FetchParams& p, const Device& device) {
 }  // namespace
 
 void fetch_values(Tensor values, std::optional<Tensor> scales, Tensor prompt_index, Tensor ids,
-                  Tensor slots, Tensor misses, Tensor miss_counts, Tensor buffer) {
+                  Tensor slots, Tensor misses, Tensor miss_counts, Tensor buffer,
+                  std::optional<Tensor> turns) {
   constexpr const char* op = "fetch_values";
   const Device device(buffer, op, "buffer");
   check_sizes(buffer, op, "buffer", {-1, -1, -1, -1, -1});
@@ -86,6 +89,7 @@ void fetch_values(Tensor values, std::optional<Tensor> scales, Tensor prompt_ind
   const int64_t size = values.element_size(), wide = buffer.element_size();
   const int64_t chunk_bytes = buffer.size(3) * buffer.size(4) * size;
   check_misses(op, ids, slots, misses, miss_counts, buffer);
+  if (turns) check_table(*turns, op, "turns", buffer, {2});
   const int64_t planes = buffer.size(0) * buffer.size(1);
   SHADOWKV_CHECK(planes <= MOST_PLANES, op, "buffer has ", planes, " rows and heads, more than ",
                  MOST_PLANES);
@@ -106,6 +110,7 @@ void fetch_values(Tensor values, std::optional<Tensor> scales, Tensor prompt_ind
   p.slots = static_cast<const int*>(slots.data_ptr());
   p.misses = static_cast<const int*>(misses.data_ptr());
   p.miss_counts = static_cast<const int*>(miss_counts.data_ptr());
+  p.turns = turns ? static_cast<uint32_t*>(turns->data_ptr()) : nullptr;
   p.planes = static_cast<int>(planes);
   p.heads = static_cast<int>(buffer.size(1));
   p.chunks = static_cast<int>(values.size(2));

@@ -20,6 +20,7 @@ struct FetchParams {
   const int* slots;         // [R, Hk, N]
   const int* misses;        // [R, Hk, N], places in ids
   const int* miss_counts;   // [R, Hk]
+  uint32_t* turns;          // [2], taken and passed; or null
   int planes, heads, chunks, wanted, words;
 };
 
@@ -31,6 +32,7 @@ constexpr int LOADS_IN_FLIGHT = 4;
 __device__ inline void find_starts(const FetchParams& p, int* starts) {
   __shared__ uint64_t room[33];
   int listed = 0;
+#pragma unroll 1
   for (int base = 0; base < p.planes; base += blockDim.x) {
     const int plane = base + static_cast<int>(threadIdx.x);
     uint64_t total;
@@ -46,6 +48,7 @@ __device__ inline void find_starts(const FetchParams& p, int* starts) {
 /// The last of `starts` that is not above `miss`: its row and head.
 __device__ inline int plane_of(const int* starts, int planes, int miss) {
   int low = 0, high = planes;  // starts[low] <= miss < starts[high]
+#pragma unroll 1
   while (high - low > 1) {
     const int middle = (low + high) / 2;
     (starts[middle] <= miss ? low : high) = middle;

@@ -188,6 +188,8 @@ Tensor select_chunks(Tensor query, Tensor landmarks, std::optional<Tensor> landm
     p.scales = static_cast<const float*>(landmark_scales->data_ptr());
     p.scale_prompt = landmark_scales->stride(0);
     p.scale_head = landmark_scales->stride(1);
+    const uint64_t address = reinterpret_cast<uint64_t>(p.scales) / sizeof(float);
+    p.scales_in_words = (p.scale_prompt | p.scale_head | static_cast<int64_t>(address)) % 4 == 0;
   }
   p.prompt_index = static_cast<const int*>(prompt_index.data_ptr());
   p.num_chunks = static_cast<const int*>(num_chunks.data_ptr());

@@ -12,16 +12,32 @@ namespace shadowkv {
 using Rankers = PartOfBlock<RANK_THREADS>;
 using Meeting = ClusterMeeting<Rankers>;
 
+/// Bins are found in two messages: of the coarse ones, and of those that one of them consists of.
+constexpr int COARSE_BINS = 32, FINE_BINS = SELECT_BINS / COARSE_BINS;
+static_assert(COARSE_BINS == 32 && FINE_BINS == 32, "a lane of a warp takes one of each");
+constexpr int RANK_WARPS = RANK_THREADS / 32;
+
+/// Messages, from each rank one, take two places in turns. Of a pair of counts, 16 bits each.
 struct alignas(16) RankRoom {
-  uint32_t bins[SELECT_BINS / 2];  // two counts of 16 bits a word
-  uint2 tied[MOST_TIED];           // key and id, rank by rank: first a block's own, then all
-  uint64_t met[2], scan[33];
-  float highest[RANK_THREADS / 32][MAX_QUERY_GROUP], sums[RANK_THREADS / 32][MAX_QUERY_GROUP];
-  float2 totals[MAX_QUERY_GROUP];
-  float norms[MAX_QUERY_GROUP], peaks[MAX_QUERY_GROUP];
-  int bin, above;                 // the bin of the last key wanted; keys in better ones
-  int in_bin, in_bin_before;      // keys in it, of all blocks and of lower ranks
-  int ends[MOST_CLUSTER_BLOCKS];  // where a rank's part of `tied` ends
+  uint32_t bins[SELECT_BINS / 2];
+  union {
+    float2 totals[MOST_CLUSTER_BLOCKS][MAX_QUERY_GROUP];  // highest logit, sum below it
+    uint32_t fine[MOST_CLUSTER_BLOCKS][FINE_BINS / 2];
+  };
+  union {
+    uint32_t coarse[MOST_CLUSTER_BLOCKS][COARSE_BINS / 2];
+    uint2 tied[MOST_TIED + MOST_CLUSTER_BLOCKS];  // key and id, rank by rank; a word of each rank
+  };
+  float2 of_warps[RANK_WARPS][MAX_QUERY_GROUP];  // totals
+  union {
+    struct {
+      float norms[MAX_QUERY_GROUP], peaks[MAX_QUERY_GROUP];
+    };
+    uint32_t scan[RANK_WARPS];
+  };
+  uint64_t sent[2], met[2];
+  int bin, above;             // the bin of the last key wanted; keys in better ones
+  int in_bin, in_bin_before;  // keys in it, of all blocks and of lower ranks
   int placed, cut_id;
   uint32_t cut_key;
   int rehearsed[REHEARSED];  // ids that nobody wants

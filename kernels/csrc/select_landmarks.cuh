@@ -32,16 +32,6 @@ struct Pieces {
     }
   }
 
-  static __device__ void load_shared(const Stored* from, uint32_t (&words)[WORDS]) {
-    if constexpr (BYTES == 16) {
-      const uint4 four = *reinterpret_cast<const uint4*>(from);
-      words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
-    } else {
-      const uint2 two = *reinterpret_cast<const uint2*>(from);
-      words[0] = two.x, words[1] = two.y;
-    }
-  }
-
   /// The two operands of the `step`-th product of a piece: four dimensions a lane.
   static __device__ uint2 operands(const uint32_t (&words)[WORDS], int step) {
     if constexpr (sizeof(Stored) == 1) {

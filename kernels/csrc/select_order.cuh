@@ -18,10 +18,10 @@ __device__ inline float score_of(uint32_t key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
-/// 256 bins for every doubling of one more than the distance to the best score.
+/// 128 bins for every doubling of one more than the distance to the best score.
 __device__ inline int bin_of(float best, float score) {
   const float distance = fmaxf(best - score, 0.f) + 1.f;
-  return min(static_cast<int>((__float_as_uint(distance) - 0x3f800000u) >> 15), SELECT_BINS - 1);
+  return min(static_cast<int>((__float_as_uint(distance) - 0x3f800000u) >> 16), SELECT_BINS - 1);
 }
 
 }  // namespace shadowkv

@@ -12,6 +12,7 @@ struct SelectParams {
   const void* landmarks;  // [P, Hk, C, L, D], contiguous from C on
   const float* scales;    // [P, Hk, C, L], contiguous from C on: of landmarks in 8 bits, or null
   int64_t landmark_prompt, landmark_head, scale_prompt, scale_head;
+  bool scales_in_words;     // those of a plane begin at a multiple of 16 bytes
   const int* prompt_index;  // [R]
   const int* num_chunks;    // [R]
   const bool* excluded;     // [R, Hk, C]
@@ -37,7 +38,7 @@ constexpr int SCORE_STRIDE = SEGMENT + 8;  // query heads lie in banks of their 
 constexpr int MAX_QUERY_GROUP = 16;
 constexpr int SELECT_DIGIT_BITS = 10;
 constexpr int SELECT_THREADS = 1 << (SELECT_DIGIT_BITS - 1);
-constexpr int SELECT_BINS = 2048;
+constexpr int SELECT_BINS = 1024;
 constexpr int MOST_TIED = 256;  // keys in a bin that are compared with each other
 constexpr int SELECT_PARTS = 8;         // as in shadowkv_cli/ops/await_rows.py
 constexpr int MOST_CLUSTER_BLOCKS = 8;  // of a plane, in one kernel; the most that is portable

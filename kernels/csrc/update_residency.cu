@@ -7,7 +7,7 @@ namespace shadowkv {
 
 namespace {
 
-/// Ages and free slots that shared memory holds: 64 KiB.
+/// What shared memory holds of a row and KV head: 64 KiB.
 constexpr int64_t MOST_SHARED_WORDS = 16 * 1024;
 
 }  // namespace
@@ -43,10 +43,10 @@ std::tuple<Tensor, Tensor, Tensor> update_residency(Tensor ids, Tensor step, Ten
   p.wanted = static_cast<int>(wanted);
   p.buffer = static_cast<int>(buffer);
   p.chunks = static_cast<int>(slot_of_chunk.size(2));
-  const int64_t words = buffer + wanted;
+  const int64_t words = residency_words(buffer, wanted);
   const bool in_shared = words <= MOST_SHARED_WORDS;
-  Tensor ages = scratch(ids, in_shared ? 0 : rows * heads * words, ScalarType::Int);
-  p.ages = in_shared ? nullptr : static_cast<uint32_t*>(ages.data_ptr());
+  Tensor room = scratch(ids, in_shared ? 0 : rows * heads * words, ScalarType::Int);
+  p.words = in_shared ? nullptr : static_cast<uint32_t*>(room.data_ptr());
   const size_t bytes = in_shared ? words * sizeof(uint32_t) : 0;
   device.allow_shared(place_chunks, MOST_SHARED_WORDS * sizeof(uint32_t));
   place_chunks<<<dim3(heads, rows), RESIDENCY_THREADS, bytes, device.stream()>>>(p);

@@ -92,11 +92,11 @@ class Case:
         return self.spec.resident_layers
 
 
-ROWS_A_LANE, MOST_LANES, MOST_LANES_OF_SEVERAL = 2, 4, 2
-"""A batch of a method that fetches from the host is worked on in lanes of at least so many rows.
+ROWS_A_LANE, MOST_LANES = 2, 12
+"""A batch of a method that fetches from the host is worked on in lanes of at least so many rows."""
 
-The last: of several micro-batches, which hide each other's fetches already.
-"""
+ROWS_A_LANE_OF_SEVERAL, MOST_LANES_OF_SEVERAL = 1, 8
+"""The same for each of several micro-batches."""
 
 MICRO_BATCHES = 2
 """As many are tried by the planner where nothing is asked for."""
@@ -104,8 +104,11 @@ MICRO_BATCHES = 2
 
 def _usual_lanes(batch: int, micro_batches: int) -> int:
     """Lanes of each micro-batch where no number is asked for."""
-    most = MOST_LANES if micro_batches == 1 else MOST_LANES_OF_SEVERAL
-    return max(1, min(batch // micro_batches // ROWS_A_LANE, most))
+    rows = math.ceil(batch / micro_batches)
+    least, most = ROWS_A_LANE, MOST_LANES
+    if micro_batches > 1:
+        least, most = ROWS_A_LANE_OF_SEVERAL, MOST_LANES_OF_SEVERAL
+    return max(1, math.ceil(rows / max(least, math.ceil(rows / most))))
 
 
 def _parts(batch: int, micro_batches: int, lanes: int | None) -> tuple[int, int]:

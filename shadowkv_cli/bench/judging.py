@@ -109,15 +109,25 @@ def _device(manifest: Manifest) -> str | None:
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)
+    return None if value is None else round(value, 4)
 
 
 def _as_cells(row: dict[str, Any]) -> list[str]:
     """A row of the table: target, wanted, measured, unit, verdict."""
     wanted = "reported" if row["target"] is None else f"{row['sense']} {row['target']:.4g}"
-    measured = "not measured" if row["measured"] is None else f"{row['measured']:.3g}"
+    measured = "not measured" if row["measured"] is None else _figure(row)
     verdict = {True: "met", False: "not met", None: ""}[row["met"]]
     return [row["name"], wanted, measured, row["unit"], verdict]
+
+
+def _figure(row: dict[str, Any]) -> str:
+    """Three digits, or all where these would look as if a target were met that is not."""
+    figure, wanted = row["measured"], row["target"]
+    short = f"{figure:.3g}"
+    if row["met"] is not False:
+        return short
+    looks_met = float(short) <= wanted if row["sense"] == "at most" else float(short) >= wanted
+    return f"{figure:g}" if looks_met else short
 
 
 def target_table(rows: Sequence[dict[str, Any]]) -> str:

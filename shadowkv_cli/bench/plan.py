@@ -2,7 +2,8 @@
 
 Arithmetic from sizes, probes and a hit rate. A phase takes a fixed time for each launch and the
 time of its bytes at a share of the probe; the constants were fitted to runs on one H100
-(results/h100-decode), and what overlaps is taken off. On a CPU nothing is foretold this way.
+(results/h100-decode and h100-decode-batch-1), and what overlaps is taken off. On a CPU nothing is
+foretold this way.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 
 LAUNCH_US: Mapping[str, float] = {
     "dense": 17,
-    "select": 16,
-    "residency": 7,
-    "fetch": 8,
+    "select": 30,
+    "residency": 10,
+    "fetch": 3,
     "rebuild": 9,
     "attention": 8,
 }
@@ -29,11 +30,11 @@ LAUNCH_US: Mapping[str, float] = {
 
 SHARE: Mapping[str, float] = {
     "dense": 0.94,
-    "select": 0.89,
-    "select in fp8": 0.7,  # half the bytes take as many products
+    "select": 0.95,
+    "select in fp8": 0.63,  # half the bytes take as many products, and as much ranking
     "fetch": 0.95,
     "rebuild": 0.25,
-    "attention": 0.65,
+    "attention": 0.85,
     "full attention": 0.945,
 }
 """Of the probe (for fetch: of the gather from pinned memory), what the bytes of a phase reach."""
@@ -41,9 +42,9 @@ SHARE: Mapping[str, float] = {
 DENSE_ROW_US = 0.9
 """Microseconds that each row adds to the dense part of a layer."""
 
-CONTENTION = 1.1
+CONTENTION = 1.08
 """How much longer another micro-batch's work takes beside a fetch, fitted to one cell of
-results/h100-decode-micro-batches."""
+results/h100-decode."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def phase_ms(
         micro_batches=micro_batches,
     )
     layers, read = shape.num_layers, probe.memory_read_gb_s
-    launches = lanes * micro_batches
+    launches = lanes * micro_batches  # of what each lane does by itself
 
     def phase(name: str, launches: int, gb_s: float = read, kind: str = "") -> float:
         fixed = layers * launches * LAUNCH_US[name] / 1e3
@@ -170,11 +171,11 @@ def phase_ms(
     if not isinstance(spec, SparseSpec) or spec.is_dense(prompt_tokens):
         found["attention"] = moved["attention"] / (read * 1e6 * SHARE["full attention"])
         return found | {"step": sum(found.values())}
-    found["attention"] = phase("attention", launches)
+    found["attention"] = phase("attention", micro_batches)  # lanes' are under way together
     if isinstance(spec, ShadowKVSpec):
         tables = 1 if spec.key_buffer == spec.value_buffer else 2
         kind = "select in fp8" if spec.landmark_dtype == "fp8" else "select"
-        found["select"] = phase("select", launches, kind=kind)
+        found["select"] = phase("select", micro_batches, kind=kind)
         found["residency"] = layers * launches * tables * LAUNCH_US["residency"] / 1e3
         found["rebuild"] = phase("rebuild", launches)
         forms, bus = spec.value_forms(layers), probe.zero_copy_gather_gb_s or probe.h2d_gb_s
@@ -187,38 +188,37 @@ def phase_ms(
             fetch += own * count / layers
             every = found | {"fetch": own}
             if micro_batches > 1:
-                step += _in_turns(every, layers * micro_batches) * count / layers
+                step += _in_turns(every, lanes, layers * micro_batches) * count / layers
             else:
-                step += _with_overlap(every, lanes) * count / layers
+                step += _with_overlap(every, lanes, layers) * count / layers
         return found | {"fetch": fetch, "step": step}
-    return found | {"step": _with_overlap(found, lanes)}
-
-
-def _alone(phases: Mapping[str, float]) -> float:
-    """What keeps the device's own memory and units busy."""
-    return sum(phases.get(name, 0.0) for name in ("dense", "attention", "select", "residency"))
+    return found | {"step": sum(found.values())}
 
 
 def _beside(phases: Mapping[str, float]) -> float:
     """Of fetching and rebuilding, which run beside each other, the longer one."""
-    return max(phases.get("fetch", 0.0), phases.get("rebuild", 0.0))
+    return max(phases["fetch"], phases["rebuild"])
 
 
-def _in_turns(phases: Mapping[str, float], turns: int) -> float:
+def _in_turns(phases: Mapping[str, float], lanes: int, turns: int) -> float:
     """A step in which all that a micro-batch fetches hides behind the work of another.
 
     Either that work takes as long as the step, slowed down beside the fetches; or the bus does,
     which has nothing to fetch in the first turn of all that a micro-batch takes in a layer.
     """
-    work, beside = _alone(phases), _beside(phases)
+    work = phases["dense"] + phases["select"] + phases["attention"] + phases["residency"] / lanes
+    beside = _beside(phases)
     return max(work + (CONTENTION - 1) * min(work, beside), beside + work / turns)
 
 
-def _with_overlap(phases: Mapping[str, float], lanes: int) -> float:
-    """A step in which fetches and rebuilding run beside other lanes' selection and attention."""
-    alone, beside = _alone(phases), _beside(phases)
-    others = (lanes - 1) / lanes
-    hidden = others * (phases.get("select", 0.0) + phases["attention"])
-    # The last lane's has only the attention of the other lanes to hide behind.
-    last = beside / lanes - others * phases["attention"]
-    return alone + max(beside - hidden, last, 0.0)
+def _with_overlap(phases: Mapping[str, float], lanes: int, layers: int) -> float:
+    """A step in which a lane fetches and rebuilds while those behind it select or attend.
+
+    Either selection and attention take as long as that, before the last lane's fetch; or the bus
+    does, which begins when the first lane's chunks are known.
+    """
+    select, attention, beside = phases["select"], phases["attention"], _beside(phases)
+    latency = layers * LAUNCH_US["select"] / 1e3  # until a plane is ranked
+    first = latency + (select - latency + phases["residency"]) / lanes
+    last = select + attention + (phases["residency"] + beside) / lanes
+    return phases["dense"] + max(last, first + beside + attention / lanes)

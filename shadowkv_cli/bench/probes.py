@@ -267,6 +267,11 @@ def stored_or_measured(device: torch.device, dtypes: Sequence[torch.dtype] | Non
     if probe and known and (probe.attention_tflops or device.type == "cpu"):
         return probe
     notice(f"Measuring {device_name(device)}, once: it is kept for later runs.")
-    probe = measure(device, tuple(dict.fromkeys((*default_dtypes(device), *wanted))))
+    return measured_anew(device, wanted)
+
+
+def measured_anew(device: torch.device, dtypes: Sequence[torch.dtype]) -> Probe:
+    """Measure the device, in these dtypes and those that runs commonly use, and keep that."""
+    probe = measure(device, tuple(dict.fromkeys((*default_dtypes(device), *dtypes))))
     store(probe)
     return probe

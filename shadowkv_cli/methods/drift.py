@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shadowkv_cli.methods.side_stream import Join, SideStream, beside
+
 
 class Drift:
     """A stationary random walk of one selecting query a layer, row and query head.
@@ -14,7 +16,8 @@ class Drift:
 
     Attributes:
         keep: float32, correlation of neighbouring steps; may be changed between steps.
-        queries: [L, R, Hq, D], those of the running step.
+        queries: [L, R, Hq, D], those of the running step, when `advancing` is done.
+        advancing: on a GPU a step goes on beside the model, which selects a little later.
     """
 
     def __init__(
@@ -25,6 +28,8 @@ class Drift:
         self._state = torch.empty(layers, rows, q_heads, dim, device=device)
         self._dtype = like.dtype
         self.keep = torch.zeros((), device=device)
+        self.advancing = Join()
+        self._stream = SideStream(device) if device.type == "cuda" else None
         self.restart()
         self.queries = self._state.to(self._dtype)
 
@@ -36,9 +41,11 @@ class Drift:
 
     def advance(self) -> None:
         """Go on by one step, without waiting for the device."""
-        noise = torch.randn_like(self._state)
-        self._state.mul_(self.keep).add_(noise * (1 - self.keep**2).clamp_min(0).sqrt())
-        self.queries = self._state.to(self._dtype)
+        with beside(self._stream) as self.advancing:
+            noise = torch.randn_like(self._state)
+            noise *= (1 - self.keep**2).clamp_min(0).sqrt()
+            self._state.mul_(self.keep).add_(noise)
+            self.queries.copy_(self._state)
 
 
 class DriftingRows:
@@ -50,12 +57,16 @@ class DriftingRows:
     def __init__(self, drift: Drift, rows: slice) -> None:
         self._drift, self._rows = drift, rows
 
-    @property
-    def queries(self) -> Tensor:
-        """Those of the running step: [L, R, Hq, D]."""
-        return self._drift.queries[:, self._rows]
+    def queries(self, layer: int) -> Tensor:
+        """Those of the running step, [R, Hq, D], for which the current stream waits."""
+        self.join()
+        return self._drift.queries[layer, self._rows]
+
+    def join(self) -> None:
+        """Let the current stream wait for what `advance` began."""
+        self._drift.advancing.wait()
 
     def advance(self) -> None:
-        """Begin a step."""
+        """Begin a step; all that came before it must have joined."""
         if self._rows.start == 0:
             self._drift.advance()

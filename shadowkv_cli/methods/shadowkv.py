@@ -12,7 +12,7 @@ from shadowkv_cli.config import Kept, ShadowKVSpec, SparseSpec, buffer_slots
 from shadowkv_cli.methods.base import Row
 from shadowkv_cli.methods.side_stream import SideStream
 from shadowkv_cli.methods.sparse import Placed, SparseGroup
-from shadowkv_cli.methods.store import Prompt, PromptStore
+from shadowkv_cli.methods.store import Prompt, PromptStore, empty_in_words
 
 
 class ShadowKVGroup(SparseGroup):
@@ -29,13 +29,16 @@ class ShadowKVGroup(SparseGroup):
         )
         self.value_forms = first.value_forms(self.shape.num_layers)
         if first.value_placement == "host" and store.device.type == "cuda":
-            self.key_stream = SideStream(store.device)
+            self.fetch_stream = SideStream(store.device)
+            self.count_stream = SideStream(store.device)
+        self.fetch_turns = torch.zeros(2, dtype=torch.int32, device=store.device)
+        """Which all lanes and micro-batches take, so that the first of them is served first."""
         ranks = [spec.rank for spec in self.specs if isinstance(spec, ShadowKVSpec)]
         self.max_rank = max(ranks)
         self.rank = torch.tensor(ranks, dtype=torch.int32, device=store.device)
         shape = (len(rows), self.shape.num_kv_heads, store.prompt_tokens // self.chunk_size)
         self.excluded = [
-            torch.zeros(shape, dtype=torch.bool, device=store.device)
+            empty_in_words(*shape, dtype=torch.bool, device=store.device).zero_()
             for _ in range(self.shape.num_layers)
         ]
 
@@ -84,6 +87,7 @@ class ShadowKVGroup(SparseGroup):
             self.prompt_index,
             *placed,
             self.buffer(self.values[layer]),
+            self.fetch_turns,
         )
 
     def load_keys(self, layer: int, placed: Placed) -> None:

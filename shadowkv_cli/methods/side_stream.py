@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+FIRST = -3
+"""The priority of what goes before all else: the lowest number that torch tells apart."""
+
 
 @dataclass
 class Join:

@@ -14,7 +14,7 @@ from torch import Tensor
 from shadowkv_cli import ops
 from shadowkv_cli.config import Kept, SparseSpec, buffer_slots
 from shadowkv_cli.methods.base import Group, Row
-from shadowkv_cli.methods.side_stream import SideStream, beside
+from shadowkv_cli.methods.side_stream import FIRST, Join, SideStream, beside
 from shadowkv_cli.methods.store import Prompt, PromptStore
 from shadowkv_cli.ops.await_rows import Progress
 
@@ -116,14 +116,19 @@ class SparseGroup(Group):
         self._placed: tuple[Placed, Placed]
         """Keys and values of the last layer: held until all lanes have joined."""
         self._to_count: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._counted: list[tuple[Tensor, Tensor, Tensor]] = []
+        """What is being counted: held until that has joined."""
+        self._counting = Join()
         self._outputs: list[Tensor] = []
         """Of the last layer's lanes: held until the next one, when others have waited for this."""
         self.stream: SideStream | None = None
-        """Where a lane attends beside the others."""
+        """Where a lane rebuilds keys and attends beside the others."""
+        self.fetch_stream: SideStream | None = None
+        """Where chunks are placed and values fetched beside that; None: one after the other."""
+        self.count_stream: SideStream | None = None
+        """Where a step's chunks are counted beside the model's last layers; None: behind them."""
         self.progress: Progress | None = None
         """Of a selection whose lanes go on beside each other."""
-        self.key_stream: SideStream | None = None
-        """Where keys are rebuilt beside the values' fetch; None: one after the other."""
         self._parts: list[SparseGroup] = []
 
     def take_rows(self, rows: Sequence[int], index: slice | Tensor) -> None:
@@ -146,15 +151,15 @@ class SparseGroup(Group):
         self.value_slot_counts = self.value_slot_counts[index]
         self.fetched = self.fetched[:, index].contiguous()
         self.selected = self.selected[:, index].contiguous()
-        self._to_count = []
+        self._to_count, self._counted, self._counting = [], [], Join()
         self._outputs = []
         self._parts, self.progress = [], None
 
     def micro_batches(self, count: int) -> list[Self]:
         parts = super().micro_batches(count)
-        if self.key_stream is not None:  # with one for all, each would wait for the others
+        if self.fetch_stream is not None:  # with one for all, each would wait for the others
             for part in parts:
-                part.key_stream = SideStream(self.store.device)
+                part.fetch_stream = SideStream(self.store.device)
         return parts
 
     def kept(self, spec: SparseSpec, prompt_tokens: int) -> Kept:
@@ -232,41 +237,44 @@ class SparseGroup(Group):
         if not self.max_chunks:
             none = self.seen.new_empty(len(self.rows), self.shape.num_kv_heads, 0)
             return self._attend_slots(layer, q, none, none, scale)
-        ids = self.select(layer, q if self.drift is None else self.drift.queries[layer], scale)
+        ids = self.select(layer, q if self.drift is None else self.drift.queries(layer), scale)
         if self.turn is not None:
             self.turn.mark()
         sizes = [len(lane.rows) for lane in self.lanes]
         begun = None if self.progress is None else self.progress.begun
         outputs, joins, first = [], [], 0
         for lane, own, part in zip(self.lanes, ids.split(sizes), q.split(sizes), strict=True):
-            with beside(lane.stream, begun) as there:
+            placed = Join()
+            with beside(lane.fetch_stream, begun) as fetched:
                 if self.progress is not None:
                     rows = slice(first, first + len(lane.rows))
                     self.progress.wait(rows, self.shape.num_kv_heads)
                     first = rows.stop
-                outputs.append(lane._attend_chunks(layer, own, part, scale))
+                values = lane._place(lane.value_tables[layer], own)
+                if lane.fetch_stream is not None:
+                    placed.mark()
+                lane.load_values(layer, values)
+            with beside(lane.stream, begun) as there:
+                placed.wait()
+                keys = values if lane.one_table else lane._place(lane.key_tables[layer], own)
+                lane.load_keys(layer, keys)
+                fetched.wait()
+                outputs.append(lane._attend_slots(layer, part, keys.slots, values.slots, scale))
+            # A stream's memory could go to another lane, where two have one stream: torch has 32.
+            lane._placed = keys, values
             joins.append(there)
         for join in joins:
             join.wait()
         for lane, counter in zip(self.lanes, self._counter.split(sizes), strict=True):
             values = lane._placed[1]
             self._to_count.append((counter, values.ids, values.miss_counts))
+        if layer == self.shape.num_layers - 1:
+            with beside(self.count_stream) as self._counting:
+                self._count()
         # A lane of another micro-batch may have the same stream (torch has 32), and take the memory
         # while this one's stream still reads it.
         self._outputs = outputs
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    def _attend_chunks(self, layer: int, ids: Tensor, q: Tensor, scale: float) -> Tensor:
-        """Bring the selected chunks to the buffers, and attend: [R, Hq, D] to the same."""
-        values = self._place(self.value_tables[layer], ids)
-        with beside(self.key_stream) as keys_there:
-            keys = values if self.one_table else self._place(self.key_tables[layer], ids)
-            self.load_keys(layer, keys)
-        self.load_values(layer, values)
-        keys_there.wait()
-        # The key stream's memory could go to another lane, where two have one stream: torch has 32.
-        self._placed = keys, values
-        return self._attend_slots(layer, q, keys.slots, values.slots, scale)
 
     def _attend_slots(
         self, layer: int, q: Tensor, key_slots: Tensor, value_slots: Tensor, scale: float
@@ -295,17 +303,18 @@ class SparseGroup(Group):
         self._parts, self.progress = [], None
         if count == 1:
             return
+        # The first lane is the one that may be smaller: with it the bus begins to work.
         size = math.ceil(len(rows) / count)
-        self._parts = [self.subset(rows[first : first + size]) for first in rows[::size]]
-        if self.key_stream is None:
+        ends = range(len(rows), 0, -size)[::-1]
+        self._parts = [self.subset(rows[max(end - size, 0) : end]) for end in ends]
+        if self.fetch_stream is None:
             return
-        # What the first lane can do goes before all that later ones can do, the selection last.
-        device, last = self.store.device, len(self._parts) - 1
+        # What keeps the bus busy goes first, and the selection last.
+        device = self.store.device
         self.progress = Progress(len(rows), device)
-        for place, lane in enumerate(self._parts):
-            lane.stream, lane.key_stream = (
-                SideStream(device, priority=place - last - 1) for _ in range(2)
-            )
+        for lane in self._parts:
+            lane.stream = SideStream(device)
+            lane.fetch_stream = SideStream(device, FIRST)
 
     @property
     def lanes(self) -> Sequence[SparseGroup]:
@@ -326,19 +335,23 @@ class SparseGroup(Group):
                 lane.seen = part
 
     def finish(self) -> None:
-        """Count what the step selected and fetched; one sum over all layers."""
         super().finish()
-        self._outputs = []
-        if not self._to_count:
-            return
+        if self.drift is not None:
+            self.drift.join()
+        self._counting.wait()
+        self._outputs, self._counted = [], []
+
+    def _count(self) -> None:
+        """Count what the step selected and fetched; one sum over all layers."""
         counters, ids, misses = (torch.cat(parts) for parts in zip(*self._to_count, strict=True))
         self.selected.view(-1).index_add_(0, counters, (ids >= 0).sum((1, 2)))
         self.fetched.view(-1).index_add_(0, counters, misses.sum(1))
+        self._counted += self._to_count
         self._to_count = []
 
     def reset(self) -> None:
         super().reset()
-        self._to_count = []
+        self._to_count, self._counted, self._counting = [], [], Join()
         self.fetched.zero_()
         self.selected.zero_()
         if self.progress is not None:

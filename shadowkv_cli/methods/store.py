@@ -93,6 +93,18 @@ class Needs:
         )
 
 
+WORD_BYTES = 16
+"""What a kernel reads at once where it can."""
+
+
+def empty_in_words(*size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised [A, B, C, …] of which every [C, …] begins at a whole word and is contiguous."""
+    outer, chunks, inner = size[:2], size[2], size[3:]
+    step = WORD_BYTES // dtype.itemsize
+    held = math.ceil(chunks / step) * step
+    return torch.empty(*outer, held, *inner, dtype=dtype, device=device)[:, :, :chunks]
+
+
 class PromptStore:
     """Keys, values, low-rank keys and landmarks of P prompts, of up to S tokens, all layers.
 
@@ -142,7 +154,9 @@ class PromptStore:
             chunks = (prompts, heads, tokens // form[0], form[1])
             self.landmarks[form] = empty(*chunks, dim, dtype=FP8 if form[2] == "fp8" else dtype)
             if form[2] == "fp8":
-                self.landmark_scales[form] = empty(*chunks, dtype=torch.float32)
+                self.landmark_scales[form] = [
+                    empty_in_words(*chunks, dtype=torch.float32, device=device) for _ in layers
+                ]
         self.similarity = {
             size: empty(prompts, heads, tokens // size, dtype=torch.float32)
             for size in {size for size, *_ in needs.landmarks}

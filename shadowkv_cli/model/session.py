@@ -489,9 +489,11 @@ class Session:
             ahead = ahead.minimum(counts.long()[:, None] - 1)
         positions[:rows] = (self.lengths[batch.prompts] + generated)[:, None] + ahead
         before = self.longest + self.used - width
-        logits = self._forward(phase, ids, positions, before, width)[:rows]
-        for _, group in batch.decoding:
-            group.finish()
+        try:
+            logits = self._forward(phase, ids, positions, before, width)[:rows]
+        finally:  # A capture cannot end while a group's streams have not joined.
+            for _, group in batch.decoding:
+                group.finish()
         return logits[:, 0] if counts is None else logits[range(rows), counts.long() - 1]
 
     def reset(self) -> None:

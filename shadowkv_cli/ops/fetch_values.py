@@ -21,8 +21,9 @@ def _reference(
     misses: Tensor,
     miss_counts: Tensor,
     buffer: Tensor,
+    turns: Tensor | None = None,
 ) -> None:
-    _check(values, scales, buffer)
+    _check(values, scales, buffer, turns)
     row, head, chunk, slot = missing_chunks(misses, ids, slots)
     wanted = (prompt_index.long().index_select(0, row), head, chunk)
     chunks = gather_chunks(values, *(index.to(values.device) for index in wanted))
@@ -32,7 +33,7 @@ def _reference(
     buffer[row, head, slot] = chunks
 
 
-def _check(values: Tensor, scales: Tensor | None, buffer: Tensor) -> None:
+def _check(values: Tensor, scales: Tensor | None, buffer: Tensor, turns: Tensor | None) -> None:
     op, chunk = "fetch_values", list(buffer.shape[-2:])
     held = list(values.shape[-2:])
     check(held == chunk, op, f"values hold chunks of {held}, buffer {chunk}")
@@ -41,6 +42,9 @@ def _check(values: Tensor, scales: Tensor | None, buffer: Tensor) -> None:
     if scales is not None:
         expected = values.shape[:-2]
         check(scales.shape == expected, op, f"scales must be {list(expected)}")
+    if turns is not None:
+        found = [turns.dtype, *turns.shape]
+        check(found == [torch.int32, 2], op, f"turns must be int32 [2], not {found}")
 
 
 def _fake(
@@ -52,13 +56,15 @@ def _fake(
     misses: Tensor,
     miss_counts: Tensor,
     buffer: Tensor,
+    turns: Tensor | None = None,
 ) -> None:
     return None
 
 
 define(
     "fetch_values(Tensor values, Tensor? scales, Tensor prompt_index, Tensor ids, Tensor slots, "
-    "Tensor misses, Tensor miss_counts, Tensor(a!) buffer) -> ()",
+    "Tensor misses, Tensor miss_counts, Tensor(a!) buffer, "
+    "Tensor(b!)? turns=None) -> ()",
     _reference,
     _fake,
 )
@@ -73,6 +79,7 @@ def fetch_values(
     misses: Tensor,
     miss_counts: Tensor,
     buffer: Tensor,
+    turns: Tensor | None = None,
 ) -> None:
     """Copy missing chunks from the prompt's values to their slots, across the bus where need be.
 
@@ -87,8 +94,11 @@ def fetch_values(
         misses: int32 [R, Hk, N], the places in `ids` of the chunks to be copied, then -1.
         miss_counts: int32 [R, Hk], how many.
         buffer: [R, Hk, B, c, D], changed in place.
+        turns: int32 [2], zeros at first, which calls on several streams share: together they then
+            have no more under way than fills the bus, first come, first served. More would make
+            all else slower that reads the GPU's memory meanwhile. None: this call is alone.
     """
-    arguments = (values, scales, prompt_index, ids, slots, misses, miss_counts, buffer)
+    arguments = (values, scales, prompt_index, ids, slots, misses, miss_counts, buffer, turns)
     if compiled.serves_copies(values, buffer):
         torch.ops.shadowkv.fetch_values(*arguments)
     else:

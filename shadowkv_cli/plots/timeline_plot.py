@@ -273,8 +273,9 @@ def draw(data: PlotData) -> Figure:
     common = [different_settings([step.row["cell"] for step in steps])[1] for _, steps in found]
     caption = (
         "Kernel times of a captured step; fetch and rebuild run beside the rest, so all together "
-        "may take longer than the step. GB/s: bytes that a phase must move once; percent: of what "
-        "the memory, for fetch the bus, was probed to reach."
+        "may take longer than the step; fetches of several lanes take turns, and waiting counts. "
+        "GB/s: bytes that a phase must move once; percent: of what the memory, for fetch the bus, "
+        "was probed to reach."
     )
     for shared in dict.fromkeys(filter(None, common)):
         caption += f" All of ShadowKV: {shared}."

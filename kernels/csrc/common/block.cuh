@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "matrix.cuh"
 
@@ -24,18 +25,11 @@ __device__ inline float weight(float x, float highest) {
   return x == -INFINITY ? 0.f : exp2f(x - highest);
 }
 
-/// Who works together: a whole block, or one of its first two parts of THREADS each, whole warps.
-struct WholeBlock {
-  static __device__ int index() { return static_cast<int>(threadIdx.x); }
-  static __device__ int warps() { return static_cast<int>(blockDim.x) / 32; }
-  static __device__ void sync() { __syncthreads(); }
-};
-
+/// One of the first two parts of a block, of THREADS each, whole warps, whose threads work together.
 template <int THREADS>
 struct PartOfBlock {
   static __device__ int part() { return static_cast<int>(threadIdx.x) / THREADS; }
   static __device__ int index() { return static_cast<int>(threadIdx.x) % THREADS; }
-  static __device__ int warps() { return THREADS / 32; }
   static __device__ void sync() {
     if (part() == 0) {
       asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
@@ -45,32 +39,33 @@ struct PartOfBlock {
   }
 };
 
-/// The sum of the values of the threads before this one; `total` of all. All of those who work
-/// together call it, with room for 33 words that it may use again after their next barrier.
-template <typename Threads = WholeBlock>
-__device__ inline uint64_t scan_block(uint64_t value, uint64_t* room, uint64_t& total) {
-  const int lane = threadIdx.x % 32, warp = Threads::index() / 32, warps = Threads::warps();
-  uint64_t sum = value;
+/// The sum of the values of the threads before this one; `total` of all. All threads of the block
+/// call it, with room for 33 words that it may use again after their next barrier.
+template <typename T>
+__device__ inline T scan_block(std::common_type_t<T> value, T* room, T& total) {
+  const int lane = threadIdx.x % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int warps = static_cast<int>(blockDim.x) / 32;
+  T sum = value;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
-    const uint64_t before = __shfl_up_sync(ALL_LANES, sum, step);
+    const T before = __shfl_up_sync(ALL_LANES, sum, step);
     if (lane >= step) sum += before;
   }
-  Threads::sync();  // The room may still be read from the call before.
+  __syncthreads();  // The room may still be read from the call before.
   if (lane == 31) room[warp] = sum;
-  Threads::sync();
+  __syncthreads();
   if (warp == 0) {
-    uint64_t of_warp = lane < warps ? room[lane] : 0;
-    const uint64_t own = of_warp;
+    T of_warp = lane < warps ? room[lane] : 0;
+    const T own = of_warp;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-      const uint64_t before = __shfl_up_sync(ALL_LANES, of_warp, step);
+      const T before = __shfl_up_sync(ALL_LANES, of_warp, step);
       if (lane >= step) of_warp += before;
     }
     room[lane] = of_warp - own;
     if (lane == 31) room[32] = of_warp;
   }
-  Threads::sync();
+  __syncthreads();
   total = room[32];
   return room[warp] + sum - value;
 }

@@ -11,7 +11,7 @@ namespace shadowkv {
 /// than a copy takes.
 __device__ inline void fence_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-/// A barrier that so many arrivals complete at a time, or one `load_bulk`.
+/// A barrier that so many arrivals complete at a time, or what was told it to expect.
 __device__ inline void init_barrier(uint64_t* barrier, uint32_t arrivals = 1) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(arrivals)
@@ -45,10 +45,9 @@ __device__ inline void expect_bytes(uint64_t* barrier, uint32_t bytes) {
                : "memory");
 }
 
-/// Begin to read 4 bytes of global memory into shared memory, for which `arrive_when_loaded` waits.
-__device__ inline void load_word(void* to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from)
-               : "memory");
+/// Begin to read 4 bytes of global memory to an address of shared memory; `arrive_when_loaded` waits.
+__device__ inline void load_word(uint32_t to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
 
 /// Arrive at a barrier when the words that this thread loads are there.
@@ -57,23 +56,22 @@ __device__ inline void arrive_when_loaded(uint64_t* barrier) {
                : "memory");
 }
 
-/// Begin to read bytes of global memory, or of pinned host memory, into shared memory.
-__device__ inline void load_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
-  expect_bytes(barrier, bytes);
+/// Begin to read bytes of global memory, or of pinned host memory, to an address of shared memory;
+/// `barrier` has been told to expect them.
+__device__ inline void begin_load(uint32_t to, const void* from, uint32_t bytes,
+                                  uint64_t* barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(to)),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
       "l"(from), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 }
 
 /// The same with a policy for the cache.
-__device__ inline void load_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
-                                 uint64_t policy) {
-  expect_bytes(barrier, bytes);
+__device__ inline void begin_load(uint32_t to, const void* from, uint32_t bytes, uint64_t* barrier,
+                                  uint64_t policy) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+      "[%0], [%1], %2, [%3], %4;" ::"r"(to),
       "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
 }

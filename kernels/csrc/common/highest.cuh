@@ -23,6 +23,7 @@ template <int BITS>
 __device__ int spread_keys(uint32_t* keys, int count, DigitRoom<BITS>& room) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   uint32_t lowest = UINT32_MAX, highest = 0;
+#pragma unroll 1
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
     if (keys[i]) lowest = min(lowest, keys[i]), highest = max(highest, keys[i]);
   }
@@ -32,6 +33,7 @@ __device__ int spread_keys(uint32_t* keys, int count, DigitRoom<BITS>& room) {
   __syncthreads();
   lowest = __reduce_min_sync(ALL_LANES, lane < warps ? room.range[lane] : UINT32_MAX);
   highest = __reduce_max_sync(ALL_LANES, lane < warps ? room.range[32 + lane] : 0u);
+#pragma unroll 1
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
     if (keys[i]) keys[i] -= lowest - 1;
   }
@@ -44,8 +46,10 @@ template <int BITS>
 __device__ uint32_t find_digit(const uint32_t* keys, int count, uint32_t prefix, int shift,
                                int bits, int& wanted, DigitRoom<BITS>& room) {
   const int digits = 1 << bits;
+#pragma unroll 1
   for (int i = threadIdx.x; i < digits; i += blockDim.x) room.histogram[i] = 0;
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
     const uint32_t key = keys[i];
     const bool same = shift + bits == 32 || key >> (shift + bits) == prefix;
@@ -71,13 +75,14 @@ __device__ uint32_t find_digit(const uint32_t* keys, int count, uint32_t prefix,
 
 /// Write the places of the `wanted` highest keys, ascending; of equal keys those in front.
 ///
-/// Keys are 0 where there is none; at least `wanted` (1 or more) are there, each written by the
-/// thread that `spread_keys` says. They are changed.
+/// Keys are 0 where there is none; at least `wanted` (1 or more) are there, each written before a
+/// barrier or by the thread that `spread_keys` says. They are changed.
 template <int BITS>
 __device__ void write_highest(uint32_t* keys, int count, int wanted, int* out,
                               DigitRoom<BITS>& room) {
   int ties_wanted = wanted;
   uint32_t cut = 0;
+#pragma unroll 1
   for (int left = spread_keys(keys, count, room); left > 0;) {
     const int bits = min(left, BITS);
     left -= bits;
@@ -88,11 +93,13 @@ __device__ void write_highest(uint32_t* keys, int count, int wanted, int* out,
   const int first = min(static_cast<int64_t>(threadIdx.x) * run, static_cast<int64_t>(count));
   const int end = min(first + run, count);
   uint64_t counts = 0, total;  // keys above the cut in the upper half, equal to it in the lower
+#pragma unroll 1
   for (int i = first; i < end; ++i) {
     counts += (keys[i] > cut ? uint64_t{1} << 32 : 0) + (keys[i] == cut);
   }
   const uint64_t before = scan_block(counts, room.scan, total);
   int above = static_cast<int>(before >> 32), ties = static_cast<int>(before & 0xffffffffu);
+#pragma unroll 1
   for (int i = first; i < end; ++i) {
     const bool tie = keys[i] == cut;
     if (keys[i] > cut || (tie && ties < ties_wanted)) out[above + min(ties, ties_wanted)] = i;
