@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,14 @@ def test_bare_command_prints_help(capsys) -> None:
     assert run([]) == 0
     out = capsys.readouterr().out
     assert all(command in out for command in COMMANDS)
+
+
+def test_the_package_runs_as_a_module_too() -> None:
+    command = [sys.executable, "-m", "shadowkv_cli", "eval", "--model", "demo"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("shadowkv: "), done.stderr
+    assert not done.stdout
 
 
 @pytest.mark.parametrize(
