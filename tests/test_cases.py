@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shadowkv_cli import ops
 from shadowkv_cli.ops import cases
-from shadowkv_cli.ops.cases import Sizes, random_sizes
+from shadowkv_cli.ops.sizes import Sizes, random_sizes
 
 SMALL = [
     Sizes(device="cpu"),

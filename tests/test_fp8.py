@@ -19,8 +19,8 @@ from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec, ValueForm
 from shadowkv_cli.methods import Prompt, PromptStore, RotaryTables
 from shadowkv_cli.model.session import Session
 from shadowkv_cli.ops import cases
-from shadowkv_cli.ops.cases import Sizes
 from shadowkv_cli.ops.fp8 import FP8, dequantise, quantise
+from shadowkv_cli.ops.sizes import Sizes
 from shadowkv_cli.results import read_run
 from shadowkv_cli.shared_bytes import shared_cache_bytes
 from shadowkv_cli.stats import paired_difference

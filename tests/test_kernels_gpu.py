@@ -19,7 +19,7 @@ from torch import Tensor
 from shadowkv_cli import ops
 from shadowkv_cli.ops import cases, compiled, layer_cases
 from shadowkv_cli.ops.await_rows import Progress
-from shadowkv_cli.ops.cases import Sizes, random_sizes
+from shadowkv_cli.ops.sizes import Sizes, random_sizes
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

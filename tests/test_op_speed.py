@@ -14,8 +14,8 @@ from shadowkv_cli import ops
 from shadowkv_cli.bench import op_speed
 from shadowkv_cli.bench.timeline import phase_of
 from shadowkv_cli.ops import cases, exercise
-from shadowkv_cli.ops.cases import Sizes
 from shadowkv_cli.ops.fp8 import FP8
+from shadowkv_cli.ops.sizes import Sizes
 
 ROOT = Path(__file__).parents[1]
 SMALL = replace(op_speed.sizes_of(2, 512, 8, 64, 16), device="cpu", dtype=torch.float32)

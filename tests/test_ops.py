@@ -13,6 +13,7 @@ from shadowkv_cli.ops import cases, layer_cases
 from shadowkv_cli.ops.await_rows import SELECT_PARTS
 from shadowkv_cli.ops.misses import list_misses, missing_places
 from shadowkv_cli.ops.select_chunks import landmark_scores
+from shadowkv_cli.ops.sizes import Sizes
 
 INT32_MAX = torch.iinfo(torch.int32).max
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -218,7 +219,7 @@ def test_prompts_of_as_many_rows_each_are_scored_as_each_row_alone(per_chunk: in
 
 
 def test_rows_of_a_selection_are_counted_and_waited_for() -> None:
-    arguments = cases.select_arguments(cases.Sizes(device="cpu", rows=3, heads=2))
+    arguments = cases.select_arguments(Sizes(device="cpu", rows=3, heads=2))
     done = arguments["done"]
     ids = ops.select_chunks(**arguments)
     assert done.tolist() == [2 * SELECT_PARTS] * 3
@@ -743,7 +744,7 @@ def op_arguments() -> dict[str, list]:
     query, keys = torch.randn(2, 4, 16, generator=g), torch.randn(1, 2, 12, 16, generator=g)
     ids = ids_of(g, [[3, 2], [1, 0]], 6, 3)
     table = torch.full((2, 2, 4), -1, dtype=torch.int32)
-    small = cases.Sizes(device="cpu", dim=8, pairs=3, chunks=2, poison=False)
+    small = Sizes(device="cpu", dim=8, pairs=3, chunks=2, poison=False)
     return {
         "build_landmarks": [keys[0], 4, 2],
         "select_chunks": [

@@ -32,8 +32,8 @@ from shadowkv_cli.console import notice, print_json, print_table
 from shadowkv_cli.environment import PACKAGE_DIR, git_state
 from shadowkv_cli.methods.pinned import HostMemory
 from shadowkv_cli.ops import cases, compiled, layer_cases
-from shadowkv_cli.ops.cases import Arguments, Sizes
 from shadowkv_cli.ops.fp8 import FP8
+from shadowkv_cli.ops.sizes import Arguments, Sizes
 
 LAUNCHES, REPLAYS = 20, 5
 COLD_BYTES = 400e6

@@ -10,7 +10,7 @@ import sys
 import torch
 
 from shadowkv_cli.ops import cases, compiled, layer_cases
-from shadowkv_cli.ops.cases import Sizes
+from shadowkv_cli.ops.sizes import Sizes
 
 SIZES = [
     Sizes(),

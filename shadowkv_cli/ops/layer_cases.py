@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from shadowkv_cli.ops.cases import Arguments, Sizes
+from shadowkv_cli.ops.sizes import Arguments, Sizes
 
 ANY_SIZE = ("append_tokens", "gated_silu", "rms_norm", "rotate_heads", "rotate_heads_")
 """Where 16-byte words do not fit, elements are served one by one."""
