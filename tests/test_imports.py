@@ -21,7 +21,8 @@ BASE = (
 LAYERS = (BASE, ("catalogue",), ("tasks", "ops"), ("methods",), ("model",), ("bench",))
 RUNNER, COMMAND, ROOT = len(LAYERS), len(LAYERS) + 1, len(LAYERS) + 2
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
-LAYER |= {"options": COMMAND, "option_groups": COMMAND, "commands": COMMAND, "cli": ROOT}
+LAYER |= {"options": COMMAND, "option_groups": COMMAND, "commands": COMMAND}
+LAYER |= {"cli": ROOT, "__main__": ROOT}
 """Level of each module or package; what is not listed is a runner, above `bench`."""
 
 WITHOUT_MODELS = (
