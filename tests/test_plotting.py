@@ -249,7 +249,7 @@ def gpu_run(path, rows, probe=PROBE):
 
 def test_a_timeline_says_bandwidths_where_bytes_and_probe_are_known(tmp_path):
     cells = ["shadowkv:rank=160,lanes=2 (hits driven to 59%)", "shadowkv:rank=160,lanes=4"]
-    rows = [timed_step(cells[0]), timed_step(cells[0], 1, phase_ms={"select": 99.0})]
+    rows = [timed_step(cells[0], lanes=1), timed_step(cells[0], 1, phase_ms={"select": 99.0})]
     rows += [timed_step(cells[1], phase_bytes=None)]
     run = gpu_run(tmp_path / "r", rows)
     draw_plots([run], tmp_path / "out", ["timeline"], dpi=50)
@@ -268,6 +268,16 @@ def test_a_timeline_says_bandwidths_where_bytes_and_probe_are_known(tmp_path):
     for word in ("20.7 ms", "select 8.5 ms, 1,500 GB/s, 50 %", "5.8 ms, 100 %", "lanes\u00a04"):
         assert word in text, word
     assert "rank\u00a0160." in text, "what all cells have stands in the caption"
+
+
+@pytest.mark.parametrize("parts", [{"lanes": 2}, {"lanes": 1, "micro_batches": 2}])
+def test_a_timeline_tells_no_rate_of_what_lanes_do_beside_each_other(tmp_path, parts) -> None:
+    run = gpu_run(tmp_path / "r", [timed_step("shadowkv:rank=160", **parts)])
+    draw_plots([run], tmp_path / "out", ["timeline"], dpi=50)
+    points = {r["phase"]: r for r in read_csv(tmp_path / "out" / "timeline.csv")}
+    assert (points["fetch"]["gb_s"], points["fetch"]["share_of_probe"]) == ("", "")
+    assert float(points["fetch"]["ms"]) > 0
+    assert float(points["select"]["gb_s"]) == pytest.approx(1500), "one kernel for all lanes"
 
 
 def test_a_timeline_without_a_probe_shows_times_alone(tmp_path):

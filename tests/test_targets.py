@@ -112,6 +112,22 @@ def small_run(tiny_model_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "b"
 
 
+@pytest.mark.parametrize(
+    ("measured", "wanted", "sense", "shown"),
+    [
+        (6.4997, 6.5, "at least", "6.4997"),
+        (6.42, 6.5, "at least", "6.42"),
+        (6.5003, 6.5, "at least", "6.5"),
+        (0.3104, 0.31, "at most", "0.3104"),
+        (0.3096, 0.31, "at most", "0.31"),
+    ],
+)
+def test_no_figure_looks_as_if_it_met_what_it_misses(measured, wanted, sense, shown) -> None:
+    met = measured >= wanted if sense == "at least" else measured <= wanted
+    row = {"name": "a", "target": wanted, "sense": sense, "measured": measured, "unit": "x"}
+    assert f"| {shown} | x | {'met' if met else 'not met'} |" in target_table([row | {"met": met}])
+
+
 def test_a_run_without_a_gpu_meets_no_target(small_run: Path) -> None:
     ops = [{"op": "select_chunks", "batch_size": b, "ms": ms} for b, ms in ((24, 0.3), (8, 0.4))]
     own = {"device": None, "git": {"commit": "other"}, "command": ["op_speed", "--json"]}

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from shadowkv_cli.bench import cases, memory, throughput
-from shadowkv_cli.bench.cases import Room, cases_at, make_cases
+from shadowkv_cli.bench.cases import (
+    MOST_LANES,
+    MOST_LANES_OF_SEVERAL,
+    ROWS_A_LANE,
+    ROWS_A_LANE_OF_SEVERAL,
+    Room,
+    cases_at,
+    make_cases,
+)
 from shadowkv_cli.bench.probes import Probe
 from shadowkv_cli.cells import build_specs
 from shadowkv_cli.cli import run
@@ -228,3 +236,13 @@ def test_a_dry_run_counts_every_way(tiny_model_folder: Path, tmp_path: Path, cap
     assert run(command(tiny_model_folder, tmp_path / "b", *more)) == 0
     # Full attention, the baseline, and ShadowKV twice at two hit rates; two rounds each.
     assert "12 measurements" in capsys.readouterr().out
+
+
+def test_help_says_how_many_lanes_are_usual(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert ROWS_A_LANE_OF_SEVERAL == 1
+    assert (
+        f"one for every {ROWS_A_LANE} sequences, at most {MOST_LANES}; of several micro-batches "
+        f"one for each, at most {MOST_LANES_OF_SEVERAL}" in text
+    )

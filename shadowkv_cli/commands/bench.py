@@ -76,7 +76,7 @@ def bench(
             metavar="N[,…]",
             help="Parts of a micro-batch whose fetches from the host overlap with each other's "
             "work inside a layer; commas or repeats. [default: one for every 2 sequences, at most "
-            "4; of several micro-batches at most 2]",
+            "12; of several micro-batches one for each, at most 8]",
         ),
     ] = None,
     micro_batches: Annotated[

@@ -31,6 +31,9 @@ HATCHES = dict(zip(PHASES, ("", "////", "xxxx", "\\\\\\\\", "", "", "++++"), str
 BESIDE = ("fetch", "rebuild")
 """On streams of their own, beside other lanes' selection and attention."""
 
+BY_LANE = ("attention", "fetch", "rebuild")
+"""Each lane has its own, beside those of others: their times add up to more than it takes."""
+
 _Part = tuple[str, float, float | None, float | None]
 """A phase's name, milliseconds, GB/s and share of the probe; the last two where they are known."""
 
@@ -72,6 +75,9 @@ class _Step:
         return {name: ms for name, ms in found.items() if ms}
 
     def gb_s(self, phase: str) -> float | None:
+        """None where bytes are not known, or lanes do this beside each other."""
+        if phase in BY_LANE and self.row.get("lanes", 1) * self.row.get("micro_batches", 1) > 1:
+            return None
         moved = (self.row.get("phase_bytes") or {}).get(phase)
         return moved / self.phases[phase] / 1e6 if moved else None
 
@@ -273,9 +279,9 @@ def draw(data: PlotData) -> Figure:
     common = [different_settings([step.row["cell"] for step in steps])[1] for _, steps in found]
     caption = (
         "Kernel times of a captured step; fetch and rebuild run beside the rest, so all together "
-        "may take longer than the step; fetches of several lanes take turns, and waiting counts. "
-        "GB/s: bytes that a phase must move once; percent: of what the memory, for fetch the bus, "
-        "was probed to reach."
+        "may take longer than the step; so may the fetches of several lanes, which take turns, and "
+        "waiting counts. GB/s: bytes that a phase must move once; percent: of what the memory, for "
+        "fetch the bus, was probed to reach."
     )
     for shared in dict.fromkeys(filter(None, common)):
         caption += f" All of ShadowKV: {shared}."
