@@ -1,9 +1,13 @@
-"""Which phase of a captured decode step takes how long: kernel times, sorted by name."""
+"""Which phase of a captured decode step takes how long: kernels, sorted by name."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch._C._autograd import DeviceType
 
 from shadowkv_cli.model.session import Session
 
@@ -23,6 +27,15 @@ WAITING = "wait_for_rows"
 """The kernel that does nothing but wait for another one."""
 
 
+class Kernel(NamedTuple):
+    """One kernel of a step; when it began and ended, in microseconds."""
+
+    name: str
+    stream: int
+    start: float
+    end: float
+
+
 def phase_of(kernel: str) -> str | None:
     """None: it waits."""
     if WAITING in kernel:
@@ -32,8 +45,17 @@ def phase_of(kernel: str) -> str | None:
     )
 
 
-def phase_ms(session: Session, first: Tensor, warmup: int) -> dict[str, float]:
-    """Milliseconds of kernels a step by phase; phases that overlap add up to more than a step.
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """How long at least one of these spans, each from a time to a time, lasts."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(end - max(start, reached), 0.0)
+        reached = max(reached, end)
+    return total
+
+
+def profiled(session: Session, first: Tensor, warmup: int) -> list[Kernel]:
+    """The kernels of STEPS steps, in the order in which they began.
 
     Args:
         session: set to decode one cell; it is reset.
@@ -51,9 +73,23 @@ def phase_ms(session: Session, first: Tensor, warmup: int) -> dict[str, float]:
             for _ in range(STEPS):
                 tokens = session.next_tokens(tokens).tokens
             torch.cuda.synchronize()
-    total: dict[str, float] = {}
-    for entry in profile.key_averages():
-        phase = phase_of(entry.key)
+    kernels = [
+        Kernel(e.name, e.device_resource_id, e.time_range.start, e.time_range.end)
+        for e in profile.events()
+        if e.device_type == DeviceType.CUDA
+    ]
+    return sorted(kernels, key=lambda kernel: kernel.start)
+
+
+def phase_ms(session: Session, first: Tensor, warmup: int) -> dict[str, float]:
+    """Milliseconds a step in which any kernel of a phase runs, by phase; see `profiled`.
+
+    Phases that overlap add up to more than a step.
+    """
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for kernel in profiled(session, first, warmup):
+        phase = phase_of(kernel.name)
         if phase is not None:
-            total[phase] = total.get(phase, 0.0) + entry.self_device_time_total / 1e3 / STEPS
+            spans.setdefault(phase, []).append((kernel.start, kernel.end))
+    total = {phase: covered(own) / 1e3 / STEPS for phase, own in spans.items()}
     return {phase: round(ms, 4) for phase, ms in sorted(total.items(), key=lambda x: -x[1])}
