@@ -312,8 +312,8 @@ class ShadowKVSpec(SparseSpec):
         value_buffer: chunks of values held beside the model, as a multiple of those selected;
             1 keeps what the last step selected (the paper's policy), more is a larger LRU buffer.
         key_buffer: the same for rebuilt keys.
-        value_dtype: of the prompt's values where they lie; in `fp8` (e4m3, one scale a chunk and KV
-            head) they become the model's dtype again as they are fetched.
+        value_dtype: of the prompt's values, where they lie and in the buffer; in `fp8` (e4m3, one
+            scale a chunk and KV head) they become the model's dtype again as they are attended.
         landmark_dtype: of the landmarks; in `fp8` with one scale each.
         resident_layers: layers whose values stay beside the model though the others' are on the
             host; `auto`, which bench resolves for each batch: as many as fit.
@@ -376,16 +376,27 @@ class ShadowKVSpec(SparseSpec):
             return super().cache_bytes(shape, prompt_tokens, new_tokens)
         kept, width = self.keeps(prompt_tokens), shape.key_width
         fixed = kept.outlier_tokens + kept.local_tokens + new_tokens
-        slots = buffer_slots(kept.selected_chunks, self.value_buffer)
-        slots += buffer_slots(kept.selected_chunks, self.key_buffer)
-        elements = width * (2 * fixed + slots * self.chunk_size)
-        elements += self.rank * (prompt_tokens + width)
+        elements = width * 2 * fixed + self.rank * (prompt_tokens + width)
         a_layer = elements * shape.element_bytes + self.landmark_bytes(shape, prompt_tokens)
+        a_layer += sum(self.buffer_bytes(shape, prompt_tokens))
         forms = self.value_forms(shape.num_layers)
         values = [layer_bytes([form], shape, prompt_tokens) for form in forms]
         return CacheBytes(
             shape.num_layers * a_layer + sum(held.device for held in values),
             sum(held.host for held in values),
+        )
+
+    def buffer_bytes(self, shape: ModelShape, prompt_tokens: int) -> tuple[int, int]:
+        """Of the buffers of keys and of values of one layer of one prompt."""
+        selected = self.keeps(prompt_tokens).selected_chunks
+        keys, values = (
+            buffer_slots(selected, factor) for factor in (self.key_buffer, self.value_buffer)
+        )
+        a_chunk = self.chunk_size * shape.key_width
+        in_fp8 = a_chunk + shape.num_kv_heads * SCALE_BYTES
+        return (
+            keys * a_chunk * shape.element_bytes,
+            values * (in_fp8 if self.value_dtype == "fp8" else a_chunk * shape.element_bytes),
         )
 
     def value_forms(self, num_layers: int) -> list[ValueForm]:

@@ -11,7 +11,6 @@ from shadowkv_cli.config import (
     ShadowKVSpec,
     SparseSpec,
     ValueForm,
-    buffer_slots,
     layer_bytes,
 )
 
@@ -30,6 +29,7 @@ def shared_cache_bytes(
     elements = width * 2 * (prompt_tokens + new_tokens) if exact else 0
     elements += max((spec.rank for spec in shadow), default=0) * (prompt_tokens + width)
     elements += width * sum(_own_tokens(spec, prompt_tokens, new_tokens) for spec in specs)
+    buffers = sum(sum(spec.buffer_bytes(shape, prompt_tokens)) for spec in shadow)
     landmarks = {
         (s.chunk_size, s.landmarks_per_chunk, s.landmark_dtype): s.landmark_bytes(
             shape, prompt_tokens
@@ -39,7 +39,7 @@ def shared_cache_bytes(
     there = {ValueForm("device")} if exact else set()  # counted with the exact keys
     by_layer = zip(*(spec.value_forms(shape.num_layers) for spec in shadow), strict=True)
     values = [layer_bytes(set(forms) - there, shape, prompt_tokens) for forms in by_layer]
-    a_layer = elements * shape.element_bytes + sum(landmarks.values())
+    a_layer = elements * shape.element_bytes + sum(landmarks.values()) + buffers
     return CacheBytes(
         shape.num_layers * a_layer + sum(held.device for held in values),
         sum(held.host for held in values),
@@ -47,15 +47,9 @@ def shared_cache_bytes(
 
 
 def _own_tokens(spec: MethodSpec, prompt_tokens: int, new_tokens: int) -> int:
-    """Tokens of keys and of values that a cell has for itself, both counted."""
+    """Tokens of keys and of values that a cell has for itself, both counted, but for buffers."""
     if not isinstance(spec, SparseSpec):
         return 0
     kept = spec.keeps(prompt_tokens)
     fixed = 2 * (kept.outlier_tokens + kept.local_tokens + new_tokens)
-    if not isinstance(spec, ShadowKVSpec):
-        return fixed + 2 * kept.selected_tokens
-    slots = sum(
-        buffer_slots(kept.selected_chunks, factor)
-        for factor in (spec.key_buffer, spec.value_buffer)
-    )
-    return fixed + slots * spec.chunk_size
+    return fixed if isinstance(spec, ShadowKVSpec) else fixed + 2 * kept.selected_tokens

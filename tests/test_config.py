@@ -459,7 +459,8 @@ def held_bytes(spec: MethodSpec, shape: ModelShape, tokens: int, new: int) -> di
     )
     [(_, group)] = build_groups([Row(spec, 0)], store, new)
     group.begin(Prompt(0, tokens, ""))
-    spaces = [*getattr(group, "keys", []), *getattr(group, "values", [])]
+    names = ("keys", "values", "value_buffers", "value_scales")
+    spaces = [space for name in names for space in getattr(group, name, [])]
     tables = []
     for held in (getattr(group, "key_tables", []), getattr(group, "value_tables", [])):
         tables += [t for x in held for t in (x.chunk_of_slot, x.last_used, x.slot_of_chunk)]
@@ -523,7 +524,7 @@ def test_bytes_of_shadowkv(tokens: int, fields: dict[str, object], placement: st
     spare = 2 * token_bytes * (2 * size)
     spare += token_bytes * size * (2 + math.ceil(spec.value_buffer) + math.ceil(spec.key_buffer))
     spare += size * (token_bytes + 2 * 2 * spec.rank) + token_bytes * spec.landmarks_per_chunk
-    spare += 2 * 4 * 4  # a scale a layer and head
+    spare += 2 * 4 * 4 * (1 + math.ceil(spec.value_buffer))  # scales a layer and head
     total = sum(v for k, v in held.items() if k != "bookkeeping")
     over = total - counted.device - counted.host
     case = (tokens, fields, placement, kept, held)

@@ -138,34 +138,51 @@ def test_scales_of_other_landmarks_are_refused() -> None:
         ops.select_chunks(arguments[0], rounded, scales[..., :1], *arguments[3:])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("seed", range(4))
-def test_fetched_values_are_scaled_and_rounded_once(dtype: torch.dtype, seed: int) -> None:
-    """Element by element, in Python's doubles; what is not missing stays as it was."""
-    sizes = Sizes(dim=6, chunk_size=3, fp8=True, dtype=dtype, device="cpu", seed=seed)
+def test_values_are_fetched_as_they_are_with_their_scales(seed: int) -> None:
+    """Chunk by chunk; what is not missing stays as it was."""
+    sizes = Sizes(dim=6, chunk_size=3, fp8=True, device="cpu", seed=seed)
     arguments = cases.fetch_arguments(sizes)
-    values, scales, index, ids, slots, misses, counts, buffer = arguments.values()
+    values, scales, index, ids, slots, misses, counts, buffer, held = arguments.values()
     assert int(counts.sum()) > 10
     ops.fetch_values(**arguments)
     for r, h in itertools.product(range(sizes.rows), range(sizes.heads)):
         written = set()
         for place in misses[r, h, : counts[r, h]].tolist():
             chunk, slot = int(ids[r, h, place]), int(slots[r, h, place])
-            scale = float(scales[index[r], h, chunk])
             written.add(slot)
-            for t, d in itertools.product(range(3), range(6)):
-                product = float(values[index[r], h, chunk, t, d]) * scale
-                expected = torch.tensor(product, dtype=torch.float64).float().to(dtype)
-                assert torch.equal(buffer[r, h, slot, t, d], expected), (seed, r, h, place)
+            expected = values[index[r], h, chunk].view(torch.uint8)
+            assert torch.equal(buffer[r, h, slot].view(torch.uint8), expected), (seed, r, h, place)
+            assert held[r, h, slot] == scales[index[r], h, chunk]
         others = [slot for slot in range(sizes.slots) if slot not in written]
-        assert bool(buffer[r, h, others].isnan().all())
+        assert bool(buffer[r, h, others].float().isnan().all())
+        assert bool(held[r, h, others].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_buffer_in_fp8_is_attended_as_what_it_stands_for(dtype: torch.dtype, seed: int) -> None:
+    """To the bit as if each of its values, scaled and rounded once, lay behind the fixed part."""
+    sizes = Sizes(rows=4, dim=64, dtype=dtype, fp8=True, device="cpu", seed=seed)
+    arguments = cases.sparse_arguments(sizes)
+    wide = dequantise(arguments["value_buffer"], arguments["value_scales"]).to(dtype)
+    values = torch.cat((arguments["values"], wide.flatten(2, 3)), 2)
+    plain = arguments | {"values": values, "value_buffer": None, "value_scales": None}
+    for found, expected in zip(
+        ops.sparse_attention(**arguments), ops.sparse_attention(**plain), strict=True
+    ):
+        assert torch.equal(found, expected)
+    some = (arguments["value_slots"] >= 0).any(2).any(1)
+    assert bool(some.any())
+    assert bool(ops.sparse_attention(**arguments)[0].isfinite().all())
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"scales": lambda x: x[:, :, :5]}, r"scales must be \[2, 2, 40\]"),
-        ({"scales": lambda x: None}, "values must be torch.bfloat16, not torch.float8_e4m3fn"),
+        ({"buffer_scales": lambda x: x[:, :, :5]}, r"buffer_scales must be \[3, 2, 9\]"),
+        ({"scales": lambda x: None}, "scales and buffer_scales come together"),
         ({"values": lambda x: x.bfloat16()}, "values must be torch.float8_e4m3fn"),
     ],
 )
@@ -177,12 +194,30 @@ def test_scales_come_with_values_in_fp8(change: dict, words: str) -> None:
         ops.fetch_values(**arguments)
 
 
-@pytest.mark.parametrize("name", ["fetch_values", "select_chunks"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"value_scales": lambda x: None}, "value_buffer and value_scales come together"),
+        ({"value_scales": lambda x: x.bfloat16()}, "value_scales must be float32"),
+        ({"value_buffer": lambda x: x.bfloat16()}, "value_buffer must be torch.float8_e4m3fn"),
+        ({"value_buffer": lambda x: x[:, :, :3]}, r"value_buffer must be \[3, 2, 9, 8, 64\]"),
+    ],
+)
+def test_a_buffer_in_fp8_comes_with_its_scales(change: dict, words: str) -> None:
+    arguments = cases.sparse_arguments(Sizes(fp8=True, device="cpu"))
+    for name, alter in change.items():
+        arguments[name] = alter(arguments[name])
+    with pytest.raises(ValueError, match=words):
+        ops.sparse_attention(**arguments)
+
+
+@pytest.mark.parametrize("name", ["fetch_values", "select_chunks", "sparse_attention"])
 def test_opcheck(name: str) -> None:
     """But for the check of the schema, which compares tensors by what torch lacks in fp8."""
     arguments = cases.ARGUMENTS[name](Sizes(fp8=True, device="cpu", poison=False))
     if name == "fetch_values":
-        arguments["buffer"].zero_()
+        arguments["buffer"].view(torch.uint8).zero_()
+        arguments["buffer_scales"].zero_()
     op = getattr(torch.ops.shadowkv, name).default
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(op, tuple(arguments.values()), test_utils=checks)
@@ -261,8 +296,9 @@ def test_bytes_are_those_of_8_bits_and_scales(chunk_size: int, placement: str) -
     fields = {"chunk_size": chunk_size, "value_placement": placement}
     plain = spec_of(**fields).cache_bytes(shape, tokens, 100)
     values = spec_of(**fields, value_dtype="fp8").cache_bytes(shape, tokens, 100)
-    scales = 3 * (tokens // chunk_size) * 2 * 4
-    assert plain.device + plain.host - values.device - values.host == 3 * tokens * 128 - scales
+    chunks = tokens // chunk_size + spec_of(**fields).keeps(tokens).selected_chunks  # and slots
+    saved = 3 * chunks * 2 * (chunk_size * 64 - 4)  # a scale a chunk and head
+    assert plain.device + plain.host - values.device - values.host == saved
     assert values.host == plain.host / 2
     landmarks = spec_of(**fields, landmark_dtype="fp8").cache_bytes(shape, tokens, 100)
     assert landmarks.host == plain.host
@@ -280,14 +316,15 @@ def test_bytes_of_cells_together_are_what_the_store_holds() -> None:
     ]
     store, _ = filled(specs, 4076, torch.float32)
     assert store.prompt_tokens == 4096
-    alone = [spec_of(), spec_of(rank=8), spec_of(), spec_of()]
-    own = sum(
-        shared_cache_bytes([spec], SHAPE, 4096, 8).device
-        - spec.value_forms(2)[0].data_bytes(SHAPE, 4096) * 2
-        - spec.landmark_bytes(SHAPE, 4096) * 2
-        - spec.rank * (4096 + 32) * 4 * 2
-        for spec in alone
-    )  # outliers, local and generated tokens, and slots
+    own = 0  # outliers, local and generated tokens, and slots
+    for spec in specs[1:]:
+        assert isinstance(spec, ShadowKVSpec)
+        form = spec.value_forms(2)[0]
+        own += shared_cache_bytes([spec], SHAPE, 4096, 8).device
+        own -= 2 * form.data_bytes(SHAPE, 4096) * (form.placement == "device")
+        own -= 2 * form.scale_bytes(SHAPE, 4096)
+        own -= 2 * spec.landmark_bytes(SHAPE, 4096)
+        own -= 2 * spec.rank * (4096 + 32) * 4
     counted = shared_cache_bytes(specs, SHAPE, 4096, 8)
 
     def held(*tensors: Tensor) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 from shadowkv_cli import ops
 from shadowkv_cli.ops import cases, compiled, layer_cases
 from shadowkv_cli.ops.await_rows import Progress
+from shadowkv_cli.ops.fp8 import dequantise
 from shadowkv_cli.ops.sizes import Sizes, random_sizes
 
 pytestmark = pytest.mark.gpu
@@ -116,10 +117,12 @@ def copied(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_float32(arguments: dict[str, Any]) -> dict[str, Any]:
+    """But for a buffer in fp8, which is attended as what it stands for."""
+
     def wide(v: Any) -> Any:
         return v.float() if isinstance(v, Tensor) and v.is_floating_point() else v
 
-    return {k: wide(v) for k, v in arguments.items()}
+    return {k: v if k == "value_buffer" else wide(v) for k, v in arguments.items()}
 
 
 def assert_close(found: Tensor, plain: Tensor, exact: Tensor, case: object) -> None:
@@ -327,13 +330,14 @@ def test_update_residency(sizes: Sizes) -> None:
 @pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("fp8", [False, True])
 def test_fetch_values(sizes: Sizes, pinned: bool, fp8: bool) -> None:
-    """Equal to the bit, also where fp8 is scaled and rounded on the way."""
+    """Equal to the bit, and so are the scales of what is in fp8."""
     sizes = replace(sizes, fp8=fp8)
     arguments = cases.fetch_arguments(sizes, pinned=pinned and DEVICE == "cuda")
     theirs = copied(arguments)
     kernel("fetch_values", arguments)
     reference("fetch_values", theirs)
-    assert same_bits(arguments["buffer"], theirs["buffer"]), sizes
+    for name in ("buffer", "buffer_scales") if fp8 else ("buffer",):
+        assert same_bits(arguments[name], theirs[name]), (name, sizes)
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -355,51 +359,49 @@ def test_fetches_that_take_turns_move_what_each_moves_alone(fp8: bool, chunk_siz
     torch.cuda.synchronize()
     for arguments, expected in zip(beside, theirs, strict=True):
         reference("fetch_values", expected)
-        assert same_bits(arguments["buffer"], expected["buffer"])
+        for name in ("buffer", "buffer_scales") if fp8 else ("buffer",):
+            assert same_bits(arguments[name], expected[name]), name
     taken, passed = turns.tolist()
     assert taken == passed
     if torch.cuda.get_device_capability(DEVICE) >= (9, 0):
         assert taken >= 8 * 3, "at least a warp of each call reads"
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 @pytest.mark.parametrize(("dim", "chunk_size"), [(1, 1), (2, 3), (4, 5), (12, 2), (16, 1), (80, 8)])
-def test_fetch_values_converts_chunks_of_any_size(
-    dtype: torch.dtype, dim: int, chunk_size: int
-) -> None:
+def test_fetch_values_in_fp8_of_any_size(dim: int, chunk_size: int) -> None:
     """Where words of 16 or of 4 bytes do not fit, too."""
-    sizes = Sizes(dim=dim, chunk_size=chunk_size, dtype=dtype, fp8=True, device=DEVICE)
+    sizes = Sizes(dim=dim, chunk_size=chunk_size, fp8=True, device=DEVICE)
     for pinned in (False, DEVICE == "cuda"):
         arguments = cases.fetch_arguments(sizes, pinned=pinned)
         theirs = copied(arguments)
         kernel("fetch_values", arguments)
         reference("fetch_values", theirs)
-        assert same_bits(arguments["buffer"], theirs["buffer"]), (sizes, pinned)
+        for name in ("buffer", "buffer_scales"):
+            assert same_bits(arguments[name], theirs[name]), (name, sizes, pinned)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
-def test_fetch_values_converts_every_byte(dtype: torch.dtype) -> None:
-    """All 256 of them, times scales of every size."""
-    bytes_of_all = torch.arange(256, dtype=torch.uint8, device=DEVICE)
-    values = bytes_of_all.view(torch.float8_e4m3fn).view(1, 1, 1, 8, 32).expand(1, 1, 9, 8, 32)
-    ids = torch.arange(9, dtype=torch.int32, device=DEVICE).view(1, 1, 9)
-    arguments = {
-        "values": values.contiguous(),
-        "scales": 10.0 ** torch.arange(-7, 2, device=DEVICE, dtype=torch.float32).view(1, 1, 9),
-        "prompt_index": torch.zeros(1, dtype=torch.int32, device=DEVICE),
-        "ids": ids,
-        "slots": ids.flip(2).contiguous(),
-        "misses": ids,
-        "miss_counts": torch.full((1, 1), 9, dtype=torch.int32, device=DEVICE),
-        "buffer": torch.zeros(1, 1, 9, 8, 32, dtype=dtype, device=DEVICE),
-    }
-    theirs = copied(arguments)
-    kernel("fetch_values", arguments)
-    reference("fetch_values", theirs)
-    found, expected = arguments["buffer"], theirs["buffer"]
-    assert torch.equal(found.isnan(), expected.isnan())
-    assert int(found.isnan().sum()) == 2 * 9
-    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_attention_widens_every_byte(dtype: torch.dtype, dim: int) -> None:
+    """All numbers of e4m3, times scales of every size: one token alone is attended as it is."""
+    scales = 10.0 ** torch.arange(-7, 2, device=DEVICE, dtype=torch.float32)
+    numbers = torch.arange(256, dtype=torch.uint8, device=DEVICE)
+    numbers[(numbers & 0x7F) == 0x7F] = 0  # NaN
+    held = numbers.repeat(9 * dim // 32, 1).view(torch.float8_e4m3fn).view(-1, 1, dim)
+    count = held.shape[0]
+    given = {"dtype": torch.int32, "device": DEVICE}
+    slots = torch.arange(count, **given).flip(0).view(count, 1, 1).contiguous()
+    buffer = held.view(1, 1, count, 1, dim).expand(count, -1, -1, -1, -1).contiguous()
+    of_slot = scales[torch.arange(count, device=DEVICE) % 9].view(1, 1, -1)
+    of_slot = of_slot.expand(count, -1, -1).contiguous()
+    keys = torch.randn(count, 1, count, dim, device=DEVICE).to(dtype)
+    found, _ = torch.ops.shadowkv.sparse_attention(
+        torch.randn(count, 2, dim, device=DEVICE).to(dtype), keys, keys[:, :, :0], slots, slots,
+        torch.zeros(count, 1, **given), [0], 1, 1.0, buffer, of_slot,
+    )  # fmt: skip
+    expected = dequantise(held[:, 0], of_slot[0, 0]).to(dtype).flip(0)[:, None].expand(-1, 2, -1)
+    rounding = 0.0 if dtype != FP32 else torch.finfo(FP32).eps
+    assert torch.allclose(found, expected, rtol=rounding, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float64], ids=str)
@@ -436,7 +438,9 @@ def test_full_attention(sizes: Sizes) -> None:
 
 
 @every_size
-def test_sparse_attention(sizes: Sizes) -> None:
+@pytest.mark.parametrize("fp8", [False, True])
+def test_sparse_attention(sizes: Sizes, fp8: bool) -> None:
+    sizes = replace(sizes, fp8=fp8)
     arguments = cases.sparse_arguments(sizes)
     found, plain = kernel("sparse_attention", arguments), reference("sparse_attention", arguments)
     exact = reference("sparse_attention", in_float32(arguments))
@@ -560,19 +564,32 @@ def test_append_tokens_passes_over_what_lies_outside() -> None:
         assert same_bits(arguments[name], theirs[name]), name
 
 
+@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-def test_neither_slots_nor_other_rows_change_a_bit(dtype: torch.dtype) -> None:
-    sizes = Sizes(rows=4, wanted=40, slots=60, dim=128, dtype=dtype, device=DEVICE)
+def test_neither_slots_nor_other_rows_change_a_bit(dtype: torch.dtype, fp8: bool) -> None:
+    sizes = Sizes(rows=4, wanted=40, slots=60, dim=128, dtype=dtype, fp8=fp8, device=DEVICE)
     arguments = cases.sparse_arguments(sizes)
     expected = kernel("sparse_attention", arguments)
     moved, fixed = dict(arguments), sum(sizes.fixed)
+
+    def in_larger(buffer: Tensor, order: Tensor) -> Tensor:
+        larger = torch.full_like(buffer.float(), math.nan).to(buffer.dtype)
+        larger = torch.cat((larger, larger), 2)
+        larger.view(torch.uint8)[:, :, order + 3] = buffer.contiguous().view(torch.uint8)
+        return larger
+
     for name, slots in (("keys", "key_slots"), ("values", "value_slots")):
         space, old = arguments[name], arguments[slots]
         order = torch.randperm(sizes.slots, device=DEVICE)
-        buffer = space[:, :, fixed:].unflatten(2, (-1, sizes.chunk_size))
-        larger = torch.full_like(buffer, math.nan).repeat(1, 1, 2, 1, 1)
-        larger[:, :, order + 3] = buffer
-        moved[name] = torch.cat((space[:, :, :fixed], larger.flatten(2, 3)), 2)
+        if name == "values" and fp8:
+            moved["value_buffer"] = in_larger(arguments["value_buffer"], order)
+            scales = torch.full_like(arguments["value_scales"], math.nan).repeat(1, 1, 2)
+            scales[:, :, order + 3] = arguments["value_scales"]
+            moved["value_scales"] = scales
+        else:
+            buffer = space[:, :, fixed:].unflatten(2, (-1, sizes.chunk_size))
+            larger = in_larger(buffer, order)
+            moved[name] = torch.cat((space[:, :, :fixed], larger.flatten(2, 3)), 2)
         new = order[old.clamp_min(0).long()] + 3
         moved[slots] = new.masked_fill(old < 0, -1).to(torch.int32)
     for a, b in zip(kernel("sparse_attention", moved), expected, strict=True):
@@ -591,7 +608,10 @@ def outputs(name: str, arguments: dict[str, Any]) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "fp8"),
-    [*((name, False) for name in cases.ARGUMENTS), ("fetch_values", True), ("select_chunks", True)],
+    [
+        *((name, False) for name in cases.ARGUMENTS),
+        *((name, True) for name in ("fetch_values", "select_chunks", "sparse_attention")),
+    ],
 )
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_a_graph_serves_other_inputs(name: str, fp8: bool, dtype: torch.dtype) -> None:
@@ -732,7 +752,18 @@ def test_values_that_are_not_pinned_are_refused_by_the_kernel_alone() -> None:
         ("await_rows", {"done": lambda x: x.long()}, "done must be int32"),
         ("update_residency", {"last_used": lambda x: x[..., :2].clone()}, "last_used must be"),
         ("rebuild_keys", {"basis": lambda x: x[:, :, :5]}, "basis must be"),
-        ("fetch_values", {"scales": lambda x: torch.ones(1, device=DEVICE)}, "float8_e4m3fn"),
+        ("fetch_values", {"scales": lambda x: torch.ones(1, device=DEVICE)}, "come together"),
+        (
+            "fetch_values",
+            {name: lambda x: torch.ones(1, device=DEVICE) for name in ("scales", "buffer_scales")},
+            "scales must be",
+        ),
+        ("sparse_attention", {"value_buffer": lambda x: torch.ones(1)}, "come together"),
+        (
+            "sparse_attention",
+            {name: lambda x: torch.ones(1) for name in ("value_buffer", "value_scales")},
+            "value_buffer must be",
+        ),
         ("fetch_values", {"misses": lambda x: x.long()}, "misses must be int32"),
         (
             "fetch_values",

@@ -700,7 +700,7 @@ def refusals() -> dict[str, tuple]:
             ops.fetch_values,
             [
                 *[zeros(1, 1, 3, 2, 8), None, index, ids, ids, ids, ints([[2]])],
-                *[zeros(1, 1, 3, 2, 8), ints([0, 0, 0])],
+                *[zeros(1, 1, 3, 2, 8), None, ints([0, 0, 0])],
             ],
             "turns",
         ),

@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> update_residency(Tensor ids, Tensor step, Ten
 
 void fetch_values(Tensor values, std::optional<Tensor> scales, Tensor prompt_index, Tensor ids,
                   Tensor slots, Tensor misses, Tensor miss_counts, Tensor buffer,
-                  std::optional<Tensor> turns);
+                  std::optional<Tensor> buffer_scales, std::optional<Tensor> turns);
 
 void rebuild_keys(Tensor coefficients, Tensor basis, Tensor prompt_index, Tensor rank, Tensor ids,
                   Tensor slots, Tensor misses, Tensor miss_counts, Tensor cos, Tensor sin,
@@ -40,7 +40,9 @@ Tensor full_attention(Tensor query, Tensor keys, Tensor values, Tensor prompt_in
 std::tuple<Tensor, Tensor> sparse_attention(Tensor query, Tensor keys, Tensor values,
                                             Tensor key_slots, Tensor value_slots, Tensor lengths,
                                             std::vector<int64_t> capacities, int64_t chunk_size,
-                                            double scale);
+                                            double scale,
+                                            std::optional<Tensor> value_buffer,
+                                            std::optional<Tensor> value_scales);
 
 Tensor rms_norm(Tensor x, Tensor weight, double eps);
 

@@ -2,8 +2,37 @@
 #pragma once
 
 #include "attention_params.cuh"
+#include "common/fp8.cuh"
 
 namespace shadowkv {
+
+/// Values of a tile that came in 8 bits, each in the second half of its row, become T there: a warp.
+/// `scale` is that of the token of this lane, of the first 16.
+template <typename T, int D>
+__device__ inline void widen_values(T* tile, float scale) {
+  constexpr int STRIDE = D + 8, WORDS = D / 32;
+  const int token = threadIdx.x % TILE, half = threadIdx.x % 32 / TILE;
+  scale = __shfl_sync(ALL_LANES, scale, token);
+  if (!__any_sync(ALL_LANES, is_fp8(scale))) return;
+  T* row = tile + token * STRIDE;
+  const auto* from = reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(row) + D) +
+                     half * WORDS;
+  uint4 held[WORDS];
+  if (is_fp8(scale)) {
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) held[w] = from[w];
+  }
+  __syncwarp();  // The upper half is read before it is written.
+  if (is_fp8(scale)) {
+    auto* to = reinterpret_cast<uint4*>(row + half * (D / 2));
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) {
+      to[2 * w] = widened<T>(held[w].x, held[w].y, scale);
+      to[2 * w + 1] = widened<T>(held[w].z, held[w].w, scale);
+    }
+  }
+  __syncwarp();
+}
 
 /// Grid [splits, Hk, R]: each warp takes tiles of 16 tokens, the next one on its way meanwhile.
 template <typename T, int D, typename Source>
@@ -42,15 +71,23 @@ __global__ void __launch_bounds__(ATTENTION_WARPS * 32, 3)
   auto fetch = [&](int stage, Place place) {
     T* key_tile = tiles + stage * 2 * TILE * STRIDE;
     T* value_tile = key_tile + TILE * STRIDE;
+    [[maybe_unused]] const unsigned in_fp8 = __ballot_sync(ALL_LANES, is_fp8(place.scale));
 #pragma unroll
     for (int i = lane; i < TILE * D / 8; i += 32) {
       const int token = i / (D / 8), piece = i % (D / 8) * 8;
       const int key = __shfl_sync(ALL_LANES, place.key, token);
       const int value = __shfl_sync(ALL_LANES, place.value, token);
+      T* to = value_tile + token * STRIDE + piece;
       copy_async(key_tile + token * STRIDE + piece, keys + max(key, 0) * p.key_token + piece,
                  key < 0 ? 0 : 16);
-      copy_async(value_tile + token * STRIDE + piece,
-                 values + max(value, 0) * p.value_token + piece, value < 0 ? 0 : 16);
+      if constexpr (Source::HAS_FP8) {
+        if (in_fp8 >> token & 1) {
+          const uint8_t* from = row.fp8_values + static_cast<int64_t>(value) * D + piece * 2;
+          if (piece * 2 < D) copy_async(to + D / 2, from, 16);
+          continue;
+        }
+      }
+      copy_async(to, values + max(value, 0) * p.value_token + piece, value < 0 ? 0 : 16);
     }
   };
 
@@ -61,9 +98,11 @@ __global__ void __launch_bounds__(ATTENTION_WARPS * 32, 3)
   unsigned live = __ballot_sync(ALL_LANES, place.key >= 0);
   if (tile < num_tiles) fetch(0, place);
   commit_copies();
+  [[maybe_unused]] float scale = place.scale;
   place = find(tile + step);
   for (int stage = 0; tile < num_tiles; tile += step, stage ^= 1) {
     const unsigned next_live = __ballot_sync(ALL_LANES, place.key >= 0);
+    [[maybe_unused]] const float next_scale = place.scale;
     if (tile + step < num_tiles) fetch(stage ^ 1, place);
     commit_copies();
     place = find(tile + 2 * step);
@@ -71,7 +110,11 @@ __global__ void __launch_bounds__(ATTENTION_WARPS * 32, 3)
     __syncwarp();
 
     const T* key_tile = tiles + stage * 2 * TILE * STRIDE;
-    const T* value_tile = key_tile + TILE * STRIDE;
+    T* value_tile = tiles + (stage * 2 + 1) * TILE * STRIDE;
+    if constexpr (Source::HAS_FP8) {
+      widen_values<T, D>(value_tile, scale);
+      scale = next_scale;
+    }
     float logits[2][4] = {};
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {

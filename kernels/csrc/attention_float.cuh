@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_params.cuh"
+#include "common/fp8.cuh"
 
 namespace shadowkv {
 
@@ -37,6 +38,13 @@ __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
 #pragma unroll
     for (int i = 0; i < OWN; ++i) {
       key[i] = keys[place.key * p.key_token + i * 32 + lane];
+      if constexpr (Source::HAS_FP8) {
+        if (is_fp8(place.scale)) {
+          const int64_t at = static_cast<int64_t>(place.value) * D + i * 32 + lane;
+          value[i] = to_float(Fp8{row.fp8_values[at]}) * place.scale;
+          continue;
+        }
+      }
       value[i] = values[place.value * p.value_token + i * 32 + lane];
     }
 #pragma unroll

@@ -3,7 +3,8 @@
 // A block serves one row, KV head and split; its warps take tokens in turn, and all query heads of
 // the group share each key and value. A Source says which tokens a row attends:
 //   plane(row)      the prompt of keys and values
-//   row(row, head)  with count, and at(i): the places of the i-th key and value, -1 for none.
+//   row(row, head)  with count, and at(i): the places of the i-th key and value, -1 for none
+//   HAS_FP8         whether values may lie elsewhere in 8 bits, from the row's fp8_values on.
 // Logits are in base 2 (the scale holds log2 e), so that 2^x is the weight.
 #pragma once
 
@@ -13,7 +14,10 @@ namespace shadowkv {
 
 struct Place {
   int key, value;
+  float scale = -1;  // of a value in 8 bits; negative: it has the dtype of the keys
 };
+
+__device__ inline bool is_fp8(float scale) { return !(scale < 0); }
 
 template <typename Source>
 struct AttentionParams {

@@ -1,9 +1,6 @@
-// fetch_values: see shadowkv_cli/ops/fetch_values.py. It moves bytes of any dtype, or converts fp8.
+// fetch_values: see shadowkv_cli/ops/fetch_values.py. It moves bytes of any dtype.
 #include "fetch_values.cuh"
 
-#include <algorithm>
-
-#include "common/dispatch.h"
 #include "common/misses.h"
 #include "common/stream.h"
 #include "fetch_bulk.cuh"
@@ -36,28 +33,14 @@ const char* device_address(const char* op, const Tensor& values) {
   return static_cast<const char*>(attributes.devicePointer);
 }
 
-/// Launch for words of `bytes` bytes of the values, each of which becomes a T.
-template <typename T, typename Launch>
-void launch_words(int64_t bytes, const Launch& launch) {
-  if (bytes == 16) {
-    launch(copy_chunks<uint4, T>);
-  } else if (bytes == 4) {
-    launch(copy_chunks<unsigned, T>);
-  } else {
-    launch(copy_chunks<unsigned char, T>);
-  }
-}
-
 /// Copy in bulk; false where the GPU can't, or so many rows and heads leave no room to share.
-template <typename T>
 bool launch_bulk(const FetchParams& p, const Device& device) {
-  constexpr auto kernel = fetch_in_bulk<T>;
-  const size_t bytes = bulk_bytes<T>(p.planes);
-  if (bytes > MOST_BULK_BYTES || device.architecture(kernel) < 90) return false;
+  const size_t bytes = bulk_bytes(p.planes);
+  if (bytes > MOST_BULK_BYTES || device.architecture(fetch_in_bulk) < 90) return false;
   const int64_t pieces = ceil_div(p.words * 16, BULK_PIECE);
   if (int64_t{p.planes} * p.wanted * pieces > MOST_BULK_PIECES) return false;
-  device.allow_shared(kernel, MOST_BULK_BYTES);
-  kernel<<<Bulk<T>::BLOCKS, BULK_THREADS, bytes, device.stream()>>>(p);
+  device.allow_shared(fetch_in_bulk, MOST_BULK_BYTES);
+  fetch_in_bulk<<<BULK_BLOCKS, BULK_THREADS, bytes, device.stream()>>>(p);
   device.check_launch();
   return true;
 }
@@ -66,27 +49,30 @@ bool launch_bulk(const FetchParams& p, const Device& device) {
 
 void fetch_values(Tensor values, std::optional<Tensor> scales, Tensor prompt_index, Tensor ids,
                   Tensor slots, Tensor misses, Tensor miss_counts, Tensor buffer,
-                  std::optional<Tensor> turns) {
+                  std::optional<Tensor> buffer_scales, std::optional<Tensor> turns) {
   constexpr const char* op = "fetch_values";
   const Device device(buffer, op, "buffer");
   check_sizes(buffer, op, "buffer", {-1, -1, -1, -1, -1});
   check_sizes(values, op, "values", {-1, buffer.size(1), -1, buffer.size(3), buffer.size(4)});
+  SHADOWKV_CHECK(values.scalar_type() == buffer.scalar_type(), op,
+                 "values must have the dtype of the buffer");
+  SHADOWKV_CHECK(scales.has_value() == buffer_scales.has_value(), op,
+                 "scales and buffer_scales come together, or neither does");
+  auto check_scales = [&](const Tensor& t, const char* name, const Tensor& of) {
+    check_device(t, op, name, buffer);
+    check_sizes(t, op, name, {of.size(0), of.size(1), of.size(2)});
+    SHADOWKV_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous(), op, name,
+                   " must be float32 and contiguous");
+  };
   if (scales) {
-    SHADOWKV_CHECK(values.scalar_type() == ScalarType::Float8_e4m3fn, op,
-                   "values with scales must be float8_e4m3fn");
-    check_device(*scales, op, "scales", buffer);
-    check_sizes(*scales, op, "scales", {values.size(0), values.size(1), values.size(2)});
-    SHADOWKV_CHECK(scales->scalar_type() == ScalarType::Float && scales->is_contiguous(), op,
-                   "scales must be float32 and contiguous");
-  } else {
-    SHADOWKV_CHECK(values.scalar_type() == buffer.scalar_type(), op,
-                   "values must have the dtype of the buffer");
+    check_scales(*scales, "scales", values);
+    check_scales(*buffer_scales, "buffer_scales", buffer);
   }
   SHADOWKV_CHECK(has_whole_chunks(values) && has_whole_chunks(buffer), op,
                  "the chunks of values and buffer must be contiguous");
   if (values.is_cuda()) check_device(values, op, "values", buffer);
   check_table(prompt_index, op, "prompt_index", buffer, {buffer.size(0)});
-  const int64_t size = values.element_size(), wide = buffer.element_size();
+  const int64_t size = values.element_size();
   const int64_t chunk_bytes = buffer.size(3) * buffer.size(4) * size;
   check_misses(op, ids, slots, misses, miss_counts, buffer);
   if (turns) check_table(*turns, op, "turns", buffer, {2});
@@ -97,14 +83,17 @@ void fetch_values(Tensor values, std::optional<Tensor> scales, Tensor prompt_ind
 
   FetchParams p{};
   p.values = device_address(op, values);
-  p.scales = scales ? static_cast<const float*>(scales->data_ptr()) : nullptr;
   p.buffer = static_cast<char*>(buffer.data_ptr());
+  if (scales) {
+    p.scales = static_cast<const float*>(scales->data_ptr());
+    p.buffer_scales = static_cast<float*>(buffer_scales->data_ptr());
+  }
   p.value_prompt = values.stride(0) * size;
   p.value_head = values.stride(1) * size;
   p.value_chunk = values.stride(2) * size;
-  p.buffer_row = buffer.stride(0) * wide;
-  p.buffer_head = buffer.stride(1) * wide;
-  p.buffer_slot = buffer.stride(2) * wide;
+  p.buffer_row = buffer.stride(0) * size;
+  p.buffer_head = buffer.stride(1) * size;
+  p.buffer_slot = buffer.stride(2) * size;
   p.prompt_index = static_cast<const int*>(prompt_index.data_ptr());
   p.ids = static_cast<const int*>(ids.data_ptr());
   p.slots = static_cast<const int*>(slots.data_ptr());
@@ -114,41 +103,26 @@ void fetch_values(Tensor values, std::optional<Tensor> scales, Tensor prompt_ind
   p.planes = static_cast<int>(planes);
   p.heads = static_cast<int>(buffer.size(1));
   p.chunks = static_cast<int>(values.size(2));
+  p.slots_of_head = static_cast<int>(buffer.size(2));
   p.wanted = static_cast<int>(ids.size(2));
-  const int64_t source = chunk_bytes | p.value_prompt | p.value_head | p.value_chunk |
-                         reinterpret_cast<int64_t>(p.values);
-  const int64_t target = p.buffer_row | p.buffer_head | p.buffer_slot |
-                         reinterpret_cast<int64_t>(p.buffer);
-  int64_t word = 1;
-  for (int64_t bytes : {4, 16}) {
-    // What a word becomes is written in pieces of up to 16 bytes.
-    const int64_t piece = scales ? std::min<int64_t>(bytes * wide, 16) : bytes;
-    if (source % bytes == 0 && target % piece == 0) word = bytes;
-  }
+  const int64_t places = chunk_bytes | p.value_prompt | p.value_head | p.value_chunk |
+                         p.buffer_row | p.buffer_head | p.buffer_slot |
+                         reinterpret_cast<int64_t>(p.values) | reinterpret_cast<int64_t>(p.buffer);
+  const int word = places % 16 == 0 ? 16 : places % 4 == 0 ? 4 : 1;
   p.words = static_cast<int>(chunk_bytes / word);
-  if (!values.is_cuda() && word == 16) {
-    bool done = false;
-    if (scales) {
-      dispatch_dtype(op, buffer.scalar_type(), [&](auto type) {
-        done = launch_bulk<typename decltype(type)::type>(p, device);
-      });
-    } else {
-      done = launch_bulk<uint8_t>(p, device);
-    }
-    if (done) return;
-  }
+  if (!values.is_cuda() && word == 16 && launch_bulk(p, device)) return;
   const int blocks = values.is_cuda() ? device.processors() * COPY_BLOCKS_A_PROCESSOR : HOST_BLOCKS;
   const size_t shared = (planes + 1) * sizeof(int);
   auto launch = [&](auto kernel) {
     device.allow_shared(kernel, (MOST_PLANES + 1) * sizeof(int));
     kernel<<<blocks, FETCH_THREADS, shared, device.stream()>>>(p);
   };
-  if (scales) {
-    dispatch_dtype(op, buffer.scalar_type(), [&](auto type) {
-      launch_words<typename decltype(type)::type>(word, launch);
-    });
+  if (word == 16) {
+    launch(copy_chunks<uint4>);
+  } else if (word == 4) {
+    launch(copy_chunks<unsigned>);
   } else {
-    launch_words<uint8_t>(word, launch);
+    launch(copy_chunks<unsigned char>);
   }
   device.check_launch();
 }

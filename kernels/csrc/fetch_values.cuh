@@ -1,18 +1,15 @@
-// Copies missing chunks to their slots, across the bus where the values lie in pinned host memory;
-// values in 8 bits become the buffer's dtype on the way.
+// Copies missing chunks to their slots, across the bus where the values lie in pinned host memory.
 #pragma once
 
-#include <type_traits>
-
 #include "common/block.cuh"
-#include "common/fp8.cuh"
 
 namespace shadowkv {
 
 struct FetchParams {
-  const char* values;   // [P, Hk, C] chunks of `words` words
-  const float* scales;  // [P, Hk, C], or null where bytes are copied
-  char* buffer;         // [R, Hk, B] chunks of as many elements
+  const char* values;    // [P, Hk, C] chunks of `words` words
+  char* buffer;          // [R, Hk, B] chunks of as many
+  const float* scales;   // [P, Hk, C], or null
+  float* buffer_scales;  // [R, Hk, B]
   int64_t value_prompt, value_head, value_chunk;  // strides in bytes
   int64_t buffer_row, buffer_head, buffer_slot;
   const int* prompt_index;  // [R]
@@ -21,7 +18,7 @@ struct FetchParams {
   const int* misses;        // [R, Hk, N], places in ids
   const int* miss_counts;   // [R, Hk]
   uint32_t* turns;          // [2], taken and passed; or null
-  int planes, heads, chunks, wanted, words;
+  int planes, heads, chunks, slots_of_head, wanted, words;
 };
 
 constexpr int FETCH_THREADS = 256;
@@ -56,48 +53,42 @@ __device__ inline int plane_of(const int* starts, int planes, int miss) {
   return low;
 }
 
-/// Four elements in 8 bits, times their scale, as T.
-template <typename T>
-__device__ inline void convert_four(uint32_t four, float scale, T* to) {
-#pragma unroll
-  for (int pair = 0; pair < 2; ++pair) {
-    const uint32_t halves = halves_of(four, pair);
-    __half2 two;
-    memcpy(&two, &halves, sizeof(two));
-    const float2 wide = __half22float2(two);
-    to[2 * pair] = from_float<T>(wide.x * scale);
-    to[2 * pair + 1] = from_float<T>(wide.y * scale);
-  }
+/// A chunk to be copied: its prompt and id, the slot it goes to, and the addresses of both.
+struct Miss {
+  const char* from;
+  char* to;
+  int plane, prompt, head, id, slot;
+};
+
+/// The `index`-th of all missing chunks laid end to end.
+__device__ inline Miss find_miss(const FetchParams& p, const int* starts, int index) {
+  Miss found;
+  found.plane = plane_of(starts, p.planes, index);
+  const int row = found.plane / p.heads;
+  found.head = found.plane - row * p.heads;
+  const int64_t table = static_cast<int64_t>(found.plane) * p.wanted;
+  const int64_t place = table + p.misses[table + index - starts[found.plane]];
+  found.prompt = p.prompt_index[row], found.id = p.ids[place], found.slot = p.slots[place];
+  found.from = p.values + found.prompt * p.value_prompt + found.head * p.value_head +
+               found.id * p.value_chunk;
+  found.to = p.buffer + row * p.buffer_row + found.head * p.buffer_head +
+             found.slot * p.buffer_slot;
+  return found;
 }
 
-/// Write a word of elements in 8 bits as T, in pieces of up to 16 bytes.
-template <typename T, typename Word>
-__device__ inline void store_converted(const Word& word, float scale, char* to) {
-  if constexpr (sizeof(Word) == 1) {
-    *reinterpret_cast<T*>(to) = from_float<T>(to_float(Fp8{word}) * scale);
-  } else {
-    uint32_t fours[sizeof(Word) / 4];
-    memcpy(fours, &word, sizeof(Word));
-    __align__(16) T out[sizeof(Word)];
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(Word) / 4); ++i) {
-      convert_four(fours[i], scale, out + 4 * i);
-    }
-    using Piece = std::conditional_t<sizeof(out) == 8, uint2, uint4>;
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(out) / sizeof(Piece)); ++i) {
-      reinterpret_cast<Piece*>(to)[i] = reinterpret_cast<const Piece*>(out)[i];
-    }
-  }
+/// A chunk's scale goes to its slot, if there are scales.
+__device__ inline void copy_scale(const FetchParams& p, const Miss& miss) {
+  if (!p.scales) return;
+  const int64_t of_head = static_cast<int64_t>(miss.prompt) * p.heads + miss.head;
+  const int64_t to = static_cast<int64_t>(miss.plane) * p.slots_of_head + miss.slot;
+  p.buffer_scales[to] = p.scales[of_head * p.chunks + miss.id];
 }
 
-/// A warp takes 128 words at a time of all missing chunks laid end to end. T is what a byte of the
-/// values becomes: itself, or an element of the buffer.
-template <typename Word, typename T = uint8_t>
+/// A warp takes 128 words at a time of all missing chunks laid end to end.
+template <typename Word>
 __global__ void __launch_bounds__(FETCH_THREADS)
     copy_chunks(const __grid_constant__ FetchParams p) {
   constexpr int BATCH = 32 * LOADS_IN_FLIGHT;
-  constexpr bool CONVERTS = !std::is_same_v<T, uint8_t>;
   extern __shared__ int starts[];
   find_starts(p, starts);
   const int lane = threadIdx.x % 32;
@@ -107,39 +98,23 @@ __global__ void __launch_bounds__(FETCH_THREADS)
   for (int64_t first = warp * BATCH; first < total; first += step) {
     Word held[LOADS_IN_FLIGHT];
     char* to[LOADS_IN_FLIGHT];
-    [[maybe_unused]] float scales[LOADS_IN_FLIGHT];
 #pragma unroll
     for (int i = 0; i < LOADS_IN_FLIGHT; ++i) {
       const int64_t word = first + i * 32 + lane;
       to[i] = nullptr;
       if (word < total) {
-        const int miss = static_cast<int>(word / p.words);
-        const int64_t offset = (word - static_cast<int64_t>(miss) * p.words) * sizeof(Word);
-        const int plane = plane_of(starts, p.planes, miss);
-        const int row = plane / p.heads, head = plane - row * p.heads;
-        const int64_t table = static_cast<int64_t>(plane) * p.wanted;
-        const int64_t place = table + p.misses[table + miss - starts[plane]];
-        const int prompt = p.prompt_index[row], id = p.ids[place];
+        const int index = static_cast<int>(word / p.words);
+        const int64_t offset = (word - static_cast<int64_t>(index) * p.words) * sizeof(Word);
+        const Miss miss = find_miss(p, starts, index);
         // Not cached: the host may write new values between two launches.
-        held[i] = __ldcv(reinterpret_cast<const Word*>(p.values + prompt * p.value_prompt +
-                                                       head * p.value_head + id * p.value_chunk +
-                                                       offset));
-        to[i] = p.buffer + row * p.buffer_row + head * p.buffer_head +
-                p.slots[place] * p.buffer_slot + offset * static_cast<int64_t>(sizeof(T));
-        if constexpr (CONVERTS) {
-          const int64_t of_head = static_cast<int64_t>(prompt) * p.heads + head;
-          scales[i] = p.scales[of_head * p.chunks + id];
-        }
+        held[i] = __ldcv(reinterpret_cast<const Word*>(miss.from + offset));
+        to[i] = miss.to + offset;
+        if (offset == 0) copy_scale(p, miss);
       }
     }
 #pragma unroll
     for (int i = 0; i < LOADS_IN_FLIGHT; ++i) {
-      if (!to[i]) continue;
-      if constexpr (CONVERTS) {
-        store_converted<T>(held[i], scales[i], to[i]);
-      } else {
-        *reinterpret_cast<Word*>(to[i]) = held[i];
-      }
+      if (to[i]) *reinterpret_cast<Word*>(to[i]) = held[i];
     }
   }
 }

@@ -13,17 +13,20 @@ constexpr int TOKENS_A_SPLIT = 256;
 constexpr int MOST_SPARSE_SPLITS = 64;
 static_assert(MOST_SPARSE_SPLITS <= MOST_SPLITS);
 
-}  // namespace
+/// Values of chunks in 8 bits, with a scale for each slot.
+struct Fp8Buffer {
+  Tensor values, scales;
+};
 
-std::tuple<Tensor, Tensor> sparse_attention(Tensor query, Tensor keys, Tensor values,
-                                            Tensor key_slots, Tensor value_slots, Tensor lengths,
-                                            std::vector<int64_t> capacities, int64_t chunk_size,
-                                            double scale) {
-  constexpr const char* op = "sparse_attention";
-  check_sizes(query, op, "query", {-1, -1, -1});
-  const Device device(query, op, "query");
+template <bool FP8>
+std::tuple<Tensor, Tensor> attend_chunks(const char* op, const Device& device, Tensor query,
+                                         Tensor keys, Tensor values, Tensor key_slots,
+                                         Tensor value_slots, Tensor lengths,
+                                         const std::vector<int64_t>& capacities,
+                                         int64_t chunk_size, double scale,
+                                         const Fp8Buffer* buffer) {
   query = dense_query(query);
-  auto p = attention_params<SparseSource>(op, query, keys, values, scale);
+  auto p = attention_params<SparseSource<FP8>>(op, query, keys, values, scale);
   const int64_t rows = query.size(0), heads = keys.size(1);
   const int64_t sections = static_cast<int64_t>(capacities.size());
   SHADOWKV_CHECK(keys.size(0) == rows, op, "keys must have ", rows, " rows, got ", text(keys));
@@ -33,7 +36,7 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor query, Tensor keys, Tensor va
   check_table(key_slots, op, "key_slots", query, {rows, heads, -1});
   check_table(value_slots, op, "value_slots", query, {rows, heads, key_slots.size(2)});
   check_table(lengths, op, "lengths", query, {rows, sections});
-  SparseSource& source = p.source;
+  auto& source = p.source;
   source.key_slots = static_cast<const int*>(key_slots.data_ptr());
   source.value_slots = static_cast<const int*>(value_slots.data_ptr());
   source.lengths = static_cast<const int*>(lengths.data_ptr());
@@ -47,6 +50,23 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor query, Tensor keys, Tensor va
   }
   SHADOWKV_CHECK(keys.size(2) >= source.fixed && values.size(2) >= source.fixed, op,
                  "keys and values must hold the ", source.fixed, " tokens of the fixed part");
+  if constexpr (FP8) {
+    const Tensor &held = buffer->values, &scales = buffer->scales;
+    check_sizes(held, op, "value_buffer", {rows, heads, -1, chunk_size, keys.size(3)});
+    check_device(held, op, "value_buffer", query);
+    SHADOWKV_CHECK(held.scalar_type() == ScalarType::Float8_e4m3fn && held.is_contiguous(), op,
+                   "value_buffer must be float8_e4m3fn and contiguous");
+    check_sizes(scales, op, "value_scales", {rows, heads, held.size(2)});
+    check_device(scales, op, "value_scales", query);
+    SHADOWKV_CHECK(scales.scalar_type() == ScalarType::Float && scales.is_contiguous(), op,
+                   "value_scales must be float32 and contiguous");
+    SHADOWKV_CHECK(reinterpret_cast<int64_t>(held.data_ptr()) % 16 == 0, op,
+                   "value_buffer must lie at a multiple of 16 bytes");
+    source.fp8_values = static_cast<const uint8_t*>(held.data_ptr());
+    source.scales = static_cast<const float*>(scales.data_ptr());
+    source.slots = static_cast<int>(held.size(2));
+    source.buffer_bytes = held.size(2) * chunk_size * keys.size(3);
+  }
   // By sizes alone: where chunks lie, and with whom a row shares the batch, changes no bit.
   const int64_t tokens = source.fixed + key_slots.size(2) * chunk_size;
   const int splits = std::clamp(ceil_div(tokens, TOKENS_A_SPLIT), 1, MOST_SPARSE_SPLITS);
@@ -54,6 +74,27 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor query, Tensor keys, Tensor va
   Tensor out =
       attend(op, device, query, heads, splits, p, static_cast<float*>(lse.data_ptr()));
   return {out, lse};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> sparse_attention(Tensor query, Tensor keys, Tensor values,
+                                            Tensor key_slots, Tensor value_slots, Tensor lengths,
+                                            std::vector<int64_t> capacities, int64_t chunk_size,
+                                            double scale, std::optional<Tensor> value_buffer,
+                                            std::optional<Tensor> value_scales) {
+  constexpr const char* op = "sparse_attention";
+  check_sizes(query, op, "query", {-1, -1, -1});
+  const Device device(query, op, "query");
+  SHADOWKV_CHECK(value_buffer.has_value() == value_scales.has_value(), op,
+                 "value_buffer and value_scales come together, or neither does");
+  if (value_buffer) {
+    const Fp8Buffer buffer{*value_buffer, *value_scales};
+    return attend_chunks<true>(op, device, query, keys, values, key_slots, value_slots, lengths,
+                               capacities, chunk_size, scale, &buffer);
+  }
+  return attend_chunks<false>(op, device, query, keys, values, key_slots, value_slots, lengths,
+                              capacities, chunk_size, scale, nullptr);
 }
 
 }  // namespace shadowkv

@@ -8,7 +8,10 @@ namespace shadowkv {
 
 constexpr int MAX_SECTIONS = 4;
 
+/// FP8: values of chunks lie in a buffer of their own, with a scale for each slot.
+template <bool FP8>
 struct SparseSource {
+  static constexpr bool HAS_FP8 = FP8;
   struct Row {
     int count;
     int used[MAX_SECTIONS];      // tokens in use of each section
@@ -16,6 +19,8 @@ struct SparseSource {
     int fixed, chunk_size;
     const int* key_slots;
     const int* value_slots;
+    const uint8_t* fp8_values;
+    const float* scales;
 
     __device__ Place at(int i) const {
       int start = 0;
@@ -28,20 +33,32 @@ struct SparseSource {
       const int chunk = i / chunk_size, token = i - chunk * chunk_size;
       const int key = key_slots[chunk], value = value_slots[chunk];
       if (key < 0 || value < 0) return {-1, -1};
+      if constexpr (FP8) {
+        return {fixed + key * chunk_size + token, value * chunk_size + token, scales[value]};
+      }
       return {fixed + key * chunk_size + token, fixed + value * chunk_size + token};
     }
   };
   const int* key_slots;    // [R, Hk, N]
   const int* value_slots;  // [R, Hk, N]
   const int* lengths;      // [R, sections]
+  const uint8_t* fp8_values;  // [R, Hk, buffer_tokens, D], or null
+  const float* scales;        // [R, Hk, slots]
+  int64_t buffer_bytes;       // of a row and head
+  int slots;
   int capacity[MAX_SECTIONS];
   int sections, heads, chosen, fixed, chunk_size;
 
   __device__ int64_t plane(int row) const { return row; }
   __device__ Row row(int r, int head) const {
     const int64_t first = (static_cast<int64_t>(r) * heads + head) * chosen;
-    Row out{chosen * chunk_size, {},        {}, fixed, chunk_size, key_slots + first,
-            value_slots + first};
+    Row out{chosen * chunk_size, {}, {}, fixed, chunk_size, key_slots + first,
+            value_slots + first, nullptr, nullptr};
+    if constexpr (FP8) {
+      const int64_t plane = static_cast<int64_t>(r) * heads + head;
+      out.fp8_values = fp8_values + plane * buffer_bytes;
+      out.scales = scales + plane * slots;
+    }
 #pragma unroll
     for (int s = 0; s < MAX_SECTIONS; ++s) {
       out.capacity[s] = capacity[s];

@@ -45,8 +45,9 @@ MISSES = 0.4
 FROM_HOST, FROM_HOST_FP8 = "fetch_values (host)", "fetch_values (host, fp8)"
 WAITING = {"await_rows"}
 """What moves nothing."""
-SELECT_FP8, SDPA_FLASH = "select_chunks (fp8)", "full_attention (SDPA flash)"
-VARIANTS = (FROM_HOST, FROM_HOST_FP8, SELECT_FP8, SDPA_FLASH)
+SELECT_FP8, SPARSE_FP8 = "select_chunks (fp8)", "sparse_attention (fp8)"
+SDPA_FLASH = "full_attention (SDPA flash)"
+VARIANTS = (FROM_HOST, FROM_HOST_FP8, SELECT_FP8, SPARSE_FP8, SDPA_FLASH)
 """Ops whose inputs lie elsewhere or in another dtype, and what stands beside one of ours."""
 
 COLUMN_OPS = {
@@ -87,7 +88,8 @@ def moved_bytes(op: str, s: Sizes) -> float:
     op = "full_attention" if op == SDPA_FLASH else op
     element, planes = 2, s.rows * s.heads
     token, at_once = s.dim * element, tokens_of(op, s)
-    missed = planes * s.wanted * s.chunk_size * MISSES
+    chosen = s.wanted * s.chunk_size
+    missed = planes * chosen * MISSES
     rotated = 2 * at_once * (s.heads * (s.group + 1) * token + s.pairs * element)
     return {
         "append_tokens": 4 * planes * token,
@@ -99,7 +101,8 @@ def moved_bytes(op: str, s: Sizes) -> float:
         FROM_HOST: missed * token,
         FROM_HOST_FP8: missed * s.dim,
         "rebuild_keys": missed * (s.rank * element + token) + planes * s.rank * token,
-        "sparse_attention": 2 * planes * (sum(s.fixed) + s.wanted * s.chunk_size) * token,
+        "sparse_attention": 2 * planes * (sum(s.fixed) + chosen) * token,
+        SPARSE_FP8: planes * ((2 * sum(s.fixed) + chosen) * token + chosen * s.dim + 4 * s.wanted),
         "full_attention": 2 * planes * s.tokens * token,
         "gated_silu": 3 * at_once * s.inner * element,
         "rms_norm": (2 * at_once + 1) * s.hidden * element,

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec, SparseSpec, buffer_slots
+from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec, SparseSpec
 
 if TYPE_CHECKING:
     from shadowkv_cli.bench.probes import Probe
@@ -69,8 +69,7 @@ def memory_items(
     landmarks = batch * shape.num_layers * spec.landmark_bytes(shape, prompt_tokens)
     fixed = kept.outlier_tokens + kept.local_tokens + new_tokens
     keys, values = (
-        buffer_slots(kept.selected_chunks, factor) * spec.chunk_size
-        for factor in (spec.key_buffer, spec.value_buffer)
+        shape.num_layers * batch * held for held in spec.buffer_bytes(shape, prompt_tokens)
     )
     forms = spec.value_forms(shape.num_layers)
     beside, on_host = (
@@ -81,8 +80,8 @@ def memory_items(
     return [
         Item("landmarks", landmarks),
         Item("low-rank keys", unit * spec.rank * (prompt_tokens + width)),
-        Item("key buffer", unit * width * keys),
-        Item("value buffer", unit * width * values),
+        Item("key buffer", keys),
+        Item("value buffer", values),
         Item("outliers, local and generated tokens", unit * width * 2 * fixed),
         Item("values", beside, on_host),
         Item("scales of values", scales),
@@ -113,6 +112,8 @@ def phase_bytes(
     kept = spec.keeps(prompt_tokens)
     found["attention"] = 2 * planes * kept.tokens * token
     if isinstance(spec, ShadowKVSpec):
+        if spec.value_dtype == "fp8":  # of chunks; the fixed part has the model's
+            found["attention"] -= planes * kept.selected_tokens * (token - shape.head_dim)
         missing = planes * kept.selected_tokens * (1 - hit_rate)
         found["select"] = batch * shape.num_layers * spec.landmark_bytes(shape, prompt_tokens)
         found["rebuild"] = missing * (spec.rank * shape.element_bytes + 2 * token)

@@ -131,6 +131,8 @@ class _Decoder:
         """Leave nothing in the buffers that was right before and would be right now."""
         for space in (*self.group.keys, *self.group.values):
             self.group.buffer(space).fill_(float("nan"))
+        for scales in self.group.value_scales:
+            scales.fill_(float("nan"))
 
 
 def _compare(found: tuple[Tensor, float], expected: tuple[Tensor, float], how: str) -> None:

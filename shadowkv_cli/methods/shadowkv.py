@@ -47,6 +47,12 @@ class ShadowKVGroup(SparseGroup):
         self.rank = self.rank[index]
         self.excluded = [excluded[index] for excluded in self.excluded]
 
+    @property
+    def has_fp8_values(self) -> bool:
+        first = self.specs[0]
+        assert isinstance(first, ShadowKVSpec)
+        return first.value_dtype == "fp8"
+
     def slots(self, spec: SparseSpec, kept: Kept) -> tuple[int, int]:
         assert isinstance(spec, ShadowKVSpec)
         return (
@@ -82,11 +88,13 @@ class ShadowKVGroup(SparseGroup):
         )
 
     def load_values(self, layer: int, placed: Placed) -> None:
+        in_fp8 = bool(self.value_buffers)
         ops.fetch_values(
             *self.store.value_store.chunked(layer, self.chunk_size, self.value_forms[layer]),
             self.prompt_index,
             *placed,
-            self.buffer(self.values[layer]),
+            self.value_buffers[layer] if in_fp8 else self.buffer(self.values[layer]),
+            self.value_scales[layer] if in_fp8 else None,
             self.fetch_turns,
         )
 

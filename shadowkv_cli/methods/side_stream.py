@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-FIRST = -3
-"""The priority of what goes before all else: the lowest number that torch tells apart."""
+FIRST, SECOND = -3, -2
+"""Priorities of what goes before all else, the lowest number that torch tells apart, and next."""
 
 
 @dataclass

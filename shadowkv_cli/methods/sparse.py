@@ -14,9 +14,10 @@ from torch import Tensor
 from shadowkv_cli import ops
 from shadowkv_cli.config import Kept, SparseSpec, buffer_slots
 from shadowkv_cli.methods.base import Group, Row
-from shadowkv_cli.methods.side_stream import FIRST, Join, SideStream, beside
+from shadowkv_cli.methods.side_stream import FIRST, SECOND, Join, SideStream, beside
 from shadowkv_cli.methods.store import Prompt, PromptStore
 from shadowkv_cli.ops.await_rows import Progress
+from shadowkv_cli.ops.fp8 import FP8
 
 NEVER_FREE = torch.iinfo(torch.int32).max
 
@@ -85,16 +86,21 @@ class SparseGroup(Group):
         key_slots, value_slots = (max(s[i] for s in slots) for i in (0, 1))
         self.one_table = all(k == v for k, v in slots)
         count, chunks = len(rows), store.prompt_tokens // self.chunk_size
-
-        def space(buffer: int) -> list[Tensor]:
-            size = (count, heads, self.fixed + buffer * self.chunk_size, dim)
-            return [
-                torch.zeros(size, dtype=store.dtype, device=device)
-                for _ in range(self.shape.num_layers)
-            ]
-
-        self.keys, self.values = space(key_slots), space(value_slots)
         layers = range(self.shape.num_layers)
+
+        def zeros(*size: int, dtype: torch.dtype = store.dtype) -> list[Tensor]:
+            return [torch.zeros(count, heads, *size, dtype=dtype, device=device) for _ in layers]
+
+        tokens = [self.fixed + slots * self.chunk_size for slots in (key_slots, value_slots)]
+        self.value_buffers: list[Tensor] = []
+        """Of values in fp8, [R, Hk, B, c, D]; else the buffer lies behind the fixed part."""
+        self.value_scales: list[Tensor] = []
+        """Of what lies in those: float32 [R, Hk, B]."""
+        if self.has_fp8_values:
+            tokens[1] = self.fixed
+            self.value_buffers = zeros(value_slots, self.chunk_size, dim, dtype=FP8)
+            self.value_scales = zeros(value_slots, dtype=torch.float32)
+        self.keys, self.values = (zeros(places, dim) for places in tokens)
         self.key_tables = [Residency.empty(count, heads, key_slots, chunks, device) for _ in layers]
         self.value_tables = (
             self.key_tables
@@ -122,7 +128,9 @@ class SparseGroup(Group):
         self._outputs: list[Tensor] = []
         """Of the last layer's lanes: held until the next one, when others have waited for this."""
         self.stream: SideStream | None = None
-        """Where a lane rebuilds keys and attends beside the others."""
+        """Where a lane attends beside the others."""
+        self.key_stream: SideStream | None = None
+        """Where it rebuilds keys before."""
         self.fetch_stream: SideStream | None = None
         """Where chunks are placed and values fetched beside that; None: one after the other."""
         self.count_stream: SideStream | None = None
@@ -137,6 +145,8 @@ class SparseGroup(Group):
         self.max_chunks = max(kept.selected_chunks for kept in self.row_kept)
         self.keys = [keys[index] for keys in self.keys]
         self.values = [values[index] for values in self.values]
+        self.value_buffers = [buffer[index] for buffer in self.value_buffers]
+        self.value_scales = [scales[index] for scales in self.value_scales]
         self.key_tables = [table.of_rows(index) for table in self.key_tables]
         self.value_tables = (
             self.key_tables
@@ -165,6 +175,11 @@ class SparseGroup(Group):
     def kept(self, spec: SparseSpec, prompt_tokens: int) -> Kept:
         """What the method attends of a prompt; selected, outlier and local tokens."""
         return spec.keeps(prompt_tokens)
+
+    @property
+    def has_fp8_values(self) -> bool:
+        """Whether the buffer of values holds them in fp8, with scales."""
+        return False
 
     def slots(self, spec: SparseSpec, kept: Kept) -> tuple[int, int]:
         """Slots of the key and value buffers."""
@@ -254,10 +269,12 @@ class SparseGroup(Group):
                 if lane.fetch_stream is not None:
                     placed.mark()
                 lane.load_values(layer, values)
-            with beside(lane.stream, begun) as there:
+            with beside(lane.key_stream, begun) as rebuilt:
                 placed.wait()
                 keys = values if lane.one_table else lane._place(lane.key_tables[layer], own)
                 lane.load_keys(layer, keys)
+            with beside(lane.stream, begun) as there:
+                rebuilt.wait()
                 fetched.wait()
                 outputs.append(lane._attend_slots(layer, part, keys.slots, values.slots, scale))
             # A stream's memory could go to another lane, where two have one stream: torch has 32.
@@ -289,6 +306,7 @@ class SparseGroup(Group):
             self.capacities,
             self.chunk_size,
             scale,
+            *((self.value_buffers[layer], self.value_scales[layer]) if self.value_buffers else ()),
         )
         return out
 
@@ -309,11 +327,12 @@ class SparseGroup(Group):
         self._parts = [self.subset(rows[max(end - size, 0) : end]) for end in ends]
         if self.fetch_stream is None:
             return
-        # What keeps the bus busy goes first, and the selection last.
+        # What keeps the bus busy goes first, then what attention waits for, and the selection last.
         device = self.store.device
         self.progress = Progress(len(rows), device)
         for lane in self._parts:
             lane.stream = SideStream(device)
+            lane.key_stream = SideStream(device, SECOND)
             lane.fetch_stream = SideStream(device, FIRST)
 
     @property

@@ -45,10 +45,18 @@ def misses_of(s: Sizes, g: torch.Generator, ids: Tensor, share: float = 0.6) -> 
 
 
 def empty_buffer(s: Sizes) -> Tensor:
-    """NaN [R, Hk, B, c, D], a view behind the fixed part of an address space."""
+    """NaN [R, Hk, B, c, D]: in fp8 by itself, else a view behind the fixed part of a space."""
+    if s.fp8:
+        slots = (s.rows, s.heads, s.slots, s.chunk_size, s.dim)
+        return torch.full(slots, math.nan, device=s.device).to(FP8)
     size = (s.rows, s.heads, sum(s.fixed) + s.slots * s.chunk_size, s.dim)
     space = torch.full(size, math.nan, dtype=s.dtype, device=s.device)
     return space[:, :, sum(s.fixed) :].unflatten(2, (-1, s.chunk_size))
+
+
+def empty_scales(s: Sizes) -> Tensor:
+    """NaN [R, Hk, B], of a buffer in fp8."""
+    return torch.full((s.rows, s.heads, s.slots), math.nan, device=s.device)
 
 
 def landmark_arguments(s: Sizes) -> Arguments:
@@ -131,6 +139,7 @@ def fetch_arguments(s: Sizes, *, pinned: bool = False, share: float = 0.6) -> Ar
         "slots": slots_for(s, g, ids),
         **misses_of(s, g, ids, share),
         "buffer": empty_buffer(s),
+        "buffer_scales": empty_scales(s) if s.fp8 else None,
     }
 
 
@@ -208,6 +217,17 @@ def sparse_arguments(s: Sizes) -> Arguments:
                 unused[r, h, first : first + s.chunk_size] = False
             space.masked_fill_(unused[..., None], math.nan)
         spaces.append(space)
+    in_fp8: Arguments = {"value_buffer": None, "value_scales": None}
+    if s.fp8:
+        buffer = spaces[1][:, :, fixed:].unflatten(2, (-1, s.chunk_size))
+        rounded, scales = quantise(buffer.nan_to_num(), 2)
+        unwritten = buffer.isnan().all(-1).all(-1)
+        rounded.view(torch.uint8)[unwritten] = 0x7F  # NaN
+        in_fp8 = {
+            "value_buffer": rounded,
+            "value_scales": scales.masked_fill(unwritten, math.nan),
+        }
+        spaces[1] = spaces[1][:, :, :fixed]
     return {
         "query": s.normal(g, s.rows, s.heads * s.group, s.dim),
         "keys": spaces[0],
@@ -218,6 +238,7 @@ def sparse_arguments(s: Sizes) -> Arguments:
         "capacities": list(s.fixed),
         "chunk_size": s.chunk_size,
         "scale": s.dim**-0.5,
+        **in_fp8,
     }
 
 

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from shadowkv_cli.ops import compiled
 from shadowkv_cli.ops.chunk_rows import gather_chunks
-from shadowkv_cli.ops.fp8 import FP8, dequantise
 from shadowkv_cli.ops.library import check, define
 from shadowkv_cli.ops.misses import missing_chunks
 
@@ -21,27 +20,34 @@ def _reference(
     misses: Tensor,
     miss_counts: Tensor,
     buffer: Tensor,
+    buffer_scales: Tensor | None = None,
     turns: Tensor | None = None,
 ) -> None:
-    _check(values, scales, buffer, turns)
+    _check(values, scales, buffer, buffer_scales, turns)
     row, head, chunk, slot = missing_chunks(misses, ids, slots)
     wanted = (prompt_index.long().index_select(0, row), head, chunk)
     chunks = gather_chunks(values, *(index.to(values.device) for index in wanted))
-    chunks = chunks.to(buffer.device)
-    if scales is not None:
-        chunks = dequantise(chunks, scales[wanted]).to(buffer.dtype)
-    buffer[row, head, slot] = chunks
+    buffer[row, head, slot] = chunks.to(buffer.device)
+    if scales is not None and buffer_scales is not None:
+        buffer_scales[row, head, slot] = scales[wanted]
 
 
-def _check(values: Tensor, scales: Tensor | None, buffer: Tensor, turns: Tensor | None) -> None:
+def _check(
+    values: Tensor,
+    scales: Tensor | None,
+    buffer: Tensor,
+    buffer_scales: Tensor | None,
+    turns: Tensor | None,
+) -> None:
     op, chunk = "fetch_values", list(buffer.shape[-2:])
     held = list(values.shape[-2:])
     check(held == chunk, op, f"values hold chunks of {held}, buffer {chunk}")
-    kept_in = buffer.dtype if scales is None else FP8
-    check(values.dtype == kept_in, op, f"values must be {kept_in}, not {values.dtype}")
-    if scales is not None:
-        expected = values.shape[:-2]
-        check(scales.shape == expected, op, f"scales must be {list(expected)}")
+    check(values.dtype == buffer.dtype, op, f"values must be {buffer.dtype}, not {values.dtype}")
+    both = (scales is None) == (buffer_scales is None)
+    check(both, op, "scales and buffer_scales come together, or neither does")
+    for name, given, of in (("scales", scales, values), ("buffer_scales", buffer_scales, buffer)):
+        if given is not None:
+            check(given.shape == of.shape[:-2], op, f"{name} must be {list(of.shape[:-2])}")
     if turns is not None:
         found = [turns.dtype, *turns.shape]
         check(found == [torch.int32, 2], op, f"turns must be int32 [2], not {found}")
@@ -56,6 +62,7 @@ def _fake(
     misses: Tensor,
     miss_counts: Tensor,
     buffer: Tensor,
+    buffer_scales: Tensor | None = None,
     turns: Tensor | None = None,
 ) -> None:
     return None
@@ -64,7 +71,7 @@ def _fake(
 define(
     "fetch_values(Tensor values, Tensor? scales, Tensor prompt_index, Tensor ids, Tensor slots, "
     "Tensor misses, Tensor miss_counts, Tensor(a!) buffer, "
-    "Tensor(b!)? turns=None) -> ()",
+    "Tensor(b!)? buffer_scales=None, Tensor(c!)? turns=None) -> ()",
     _reference,
     _fake,
 )
@@ -79,26 +86,27 @@ def fetch_values(
     misses: Tensor,
     miss_counts: Tensor,
     buffer: Tensor,
+    buffer_scales: Tensor | None = None,
     turns: Tensor | None = None,
 ) -> None:
     """Copy missing chunks from the prompt's values to their slots, across the bus where need be.
 
     Args:
-        values: [P, Hk, C, c, D] beside the model, or in pinned host memory; of the buffer's dtype,
-            or in fp8 with scales.
-        scales: float32 [P, Hk, C] beside the buffer, of values in fp8, which are multiplied by it
-            and rounded to the buffer's dtype; None: bytes are copied.
+        values: [P, Hk, C, c, D] beside the model, or in pinned host memory.
+        scales: float32 [P, Hk, C] beside the buffer, of values in fp8; or None.
         prompt_index: int32 [R].
         ids: int32 [R, Hk, N], chunk ids.
         slots: int32 [R, Hk, N], their slots.
         misses: int32 [R, Hk, N], the places in `ids` of the chunks to be copied, then -1.
         miss_counts: int32 [R, Hk], how many.
-        buffer: [R, Hk, B, c, D], changed in place.
+        buffer: [R, Hk, B, c, D] of the values' dtype, changed in place.
+        buffer_scales: float32 [R, Hk, B], the scales of what lies there, changed in place; or None.
         turns: int32 [2], zeros at first, which calls on several streams share: together they then
             have no more under way than fills the bus, first come, first served. More would make
             all else slower that reads the GPU's memory meanwhile. None: this call is alone.
     """
-    arguments = (values, scales, prompt_index, ids, slots, misses, miss_counts, buffer, turns)
+    places = (ids, slots, misses, miss_counts)
+    arguments = (values, scales, prompt_index, *places, buffer, buffer_scales, turns)
     if compiled.serves_copies(values, buffer):
         torch.ops.shadowkv.fetch_values(*arguments)
     else:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shadowkv_cli.ops import compiled
 from shadowkv_cli.ops.chunk_rows import gather_chunks
+from shadowkv_cli.ops.fp8 import FP8, dequantise
 from shadowkv_cli.ops.library import check, define
 
 
@@ -56,13 +57,17 @@ def fixed_scores(
     return torch.where(unused[:, None, None], float("-inf"), scores), unused
 
 
-def _gather(space: Tensor, slots: Tensor, fixed: int, chunk_size: int) -> Tensor:
-    """The chunks in the given slots, in their order: [R, Hk, N * c, D]."""
-    rows, heads, _, dim = space.shape
-    buffer = space[:, :, fixed:].unflatten(2, (-1, chunk_size))  # [R, Hk, B, c, D]
-    row, head = _rows_and_heads(rows, heads, slots.shape[-1], space.device)
+def _gather(buffer: Tensor, slots: Tensor) -> Tensor:
+    """The chunks in the given slots of [R, Hk, B, c, D], in their order: [R, Hk, N, c, D]."""
+    rows, heads = buffer.shape[:2]
+    row, head = _rows_and_heads(rows, heads, slots.shape[-1], buffer.device)
     chunks = gather_chunks(buffer, row, head, slots.flatten().clamp_min(0).long())
-    return chunks.view(rows, heads, -1, dim)
+    return chunks.view(rows, heads, -1, *buffer.shape[3:])
+
+
+def _behind(space: Tensor, fixed: int, chunk_size: int) -> Tensor:
+    """The slots behind the fixed part of an address space: [R, Hk, B, c, D]."""
+    return space[:, :, fixed:].unflatten(2, (-1, chunk_size))
 
 
 def _reference(
@@ -75,6 +80,8 @@ def _reference(
     capacities: list[int],
     chunk_size: int,
     scale: float,
+    value_buffer: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     rows, q_heads, _ = query.shape
     heads = keys.shape[1]
@@ -88,15 +95,38 @@ def _reference(
         "sparse_attention",
         f"lengths must be [{rows}, {len(capacities)}], got {list(lengths.shape)}",
     )
+    _check_buffer(value_buffer, value_scales, keys, chunk_size)
     parts = []
     for here, width in _stretches(key_slots):
         slots_here = (key_slots[here, :, :width], value_slots[here, :, :width])
         planes = (query[here], keys[here], values[here])
-        parts.append(_attend(*planes, *slots_here, lengths[here], capacities, chunk_size, scale))
+        scaled = None
+        if value_buffer is not None and value_scales is not None:
+            scaled = (value_buffer[here], value_scales[here])
+        parts.append(
+            _attend(*planes, *slots_here, lengths[here], capacities, chunk_size, scale, scaled)
+        )
     if len(parts) == 1:
         return parts[0]
     out, lse = (torch.cat(part) for part in zip(*parts, strict=True))
     return out, lse
+
+
+def _check_buffer(
+    buffer: Tensor | None, scales: Tensor | None, keys: Tensor, chunk_size: int
+) -> None:
+    op, both = "sparse_attention", (buffer is None) == (scales is None)
+    check(both, op, "value_buffer and value_scales come together, or neither does")
+    if buffer is None or scales is None:
+        return
+    size = [*keys.shape[:2], scales.shape[-1], chunk_size, keys.shape[-1]]
+    check(list(buffer.shape) == size, op, f"value_buffer must be {size}, got {list(buffer.shape)}")
+    check(buffer.dtype == FP8, op, f"value_buffer must be {FP8}, not {buffer.dtype}")
+    check(
+        list(scales.shape) == size[:3] and scales.dtype == torch.float32,
+        op,
+        f"value_scales must be float32 {size[:3]}, got {scales.dtype} {list(scales.shape)}",
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -138,16 +168,17 @@ def _attend(
     capacities: list[int],
     chunk_size: int,
     scale: float,
+    scaled: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
+    """`scaled` is a buffer of values in fp8, and its scales."""
     rows, q_heads, dim = query.shape
     heads, fixed = keys.shape[1], sum(capacities)
     grouped = query.view(rows, heads, q_heads // heads, dim)
     scores, unused = fixed_scores(query, keys, lengths, capacities)
     empty = key_slots < 0  # [R, Hk, N]
     if empty.shape[-1]:
-        selected = torch.matmul(
-            grouped, _gather(keys, key_slots, fixed, chunk_size).transpose(2, 3)
-        ).float()
+        chosen = _gather(_behind(keys, fixed, chunk_size), key_slots).flatten(2, 3)
+        selected = torch.matmul(grouped, chosen.transpose(2, 3)).float()
         if empty.is_cuda or bool(empty.any()):
             by_token = empty.repeat_interleave(chunk_size, -1)  # [R, Hk, N*c]
             selected = torch.where(by_token[:, :, None], float("-inf"), selected)
@@ -163,7 +194,14 @@ def _attend(
     lse = (highest + total.log())[..., 0]
     weights = weights.div_(total.clamp_min(torch.finfo(torch.float32).tiny)).to(values.dtype)
     held = values[:, :, :fixed]
-    attended = _gather(values, value_slots, fixed, chunk_size) if empty.shape[-1] else None
+    attended = None
+    if empty.shape[-1]:
+        slots = _behind(values, fixed, chunk_size) if scaled is None else scaled[0]
+        attended = _gather(slots, value_slots)
+        if scaled is not None:
+            by_chunk = scaled[1].gather(2, value_slots.clamp_min(0).long())
+            attended = dequantise(attended, by_chunk).to(values.dtype)
+        attended = attended.flatten(2, 3)
     out = _weighted(weights, held, attended)
     # A weight of 0 does not hide what is not finite; on a GPU looking for it would wait.
     if out.is_cuda or not math.isfinite(float(out.sum())):
@@ -191,14 +229,16 @@ def _fake(
     capacities: list[int],
     chunk_size: int,
     scale: float,
+    value_buffer: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
 
 
 define(
     "sparse_attention(Tensor query, Tensor keys, Tensor values, Tensor key_slots, "
-    "Tensor value_slots, Tensor lengths, int[] capacities, int chunk_size, float scale) "
-    "-> (Tensor, Tensor)",
+    "Tensor value_slots, Tensor lengths, int[] capacities, int chunk_size, float scale, "
+    "Tensor? value_buffer=None, Tensor? value_scales=None) -> (Tensor, Tensor)",
     _reference,
     _fake,
 )
@@ -214,19 +254,25 @@ def sparse_attention(
     capacities: list[int],
     chunk_size: int,
     scale: float,
+    value_buffer: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend over `[outliers | local | generated]` and the selected slots behind them.
 
     Args:
         query: [R, Hq, D].
         keys: [R, Hk, F + Bk * c, D]: a fixed part of F = sum(capacities) tokens, then slots.
-        values: [R, Hk, F + Bv * c, D]: the same with slots of its own.
+        values: [R, Hk, F + Bv * c, D]: the same with slots of its own; with a `value_buffer`
+            [R, Hk, F, D] suffices.
         key_slots, value_slots: int32 [R, Hk, N], slots of the selected chunks in the order of
             their ids (so that the sum does not depend on where they lie); -1 where there is none.
         lengths: int32 [R, 3], tokens in use of each section of the fixed part.
         capacities: tokens that each section of the fixed part holds.
         chunk_size: c.
         scale: of the logits.
+        value_buffer: fp8 [R, Hk, Bv, c, D], where the value slots lie instead of behind the fixed
+            part; each becomes the dtype of `values` as it is read.
+        value_scales: float32 [R, Hk, Bv], of each slot of it.
 
     Returns:
         [R, Hq, D], and the log-sum-exp of the scaled logits, float32 [R, Hq]; zeros and minus
@@ -242,6 +288,8 @@ def sparse_attention(
         capacities,
         chunk_size,
         scale,
+        value_buffer,
+        value_scales,
     )
     group = query.shape[1] // keys.shape[1]
     if not compiled.serves(query, query.shape[-1], group=group, sections=len(capacities)):

@@ -76,17 +76,21 @@ __device__ inline void begin_load(uint32_t to, const void* from, uint32_t bytes,
       : "memory");
 }
 
-/// Begin to write bytes of shared memory to global memory.
+/// Begin to write bytes of shared memory to global memory, in a group that `commit_stores` ends.
 __device__ inline void store_bulk(void* to, const void* from, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
                "r"(shared_address(from)), "r"(bytes)
                : "memory");
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-/// Wait until the shared memory that this thread's stores read may be written again.
+/// What this thread has stored since the last one is a group, be it nothing.
+__device__ inline void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+/// Wait until the shared memory that this thread's stores read may be written again, but for those
+/// of the last so many groups.
+template <int GROUPS>
 __device__ inline void wait_until_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(GROUPS) : "memory");
 }
 
 /// Wait until this thread's stores are done.

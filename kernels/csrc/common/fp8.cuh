@@ -23,4 +23,17 @@ __device__ inline float to_float(Fp8 x) {
   return __half2float(__half(__nv_cvt_fp8_to_halfraw(x.bits, __NV_E4M3)));
 }
 
+/// Eight elements times their scale, rounded to T.
+template <typename T>
+__device__ inline uint4 widened(uint32_t first, uint32_t second, float scale) {
+  auto two = [&](uint32_t four, int upper) {
+    const uint32_t halves = halves_of(four, upper);
+    __half2 pair;
+    memcpy(&pair, &halves, sizeof(pair));
+    const float2 wide = __half22float2(pair);
+    return pack<T>(wide.x * scale, wide.y * scale);
+  };
+  return {two(first, 0), two(first, 1), two(second, 0), two(second, 1)};
+}
+
 }  // namespace shadowkv
