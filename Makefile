@@ -28,6 +28,7 @@ EXACT := --method shadowkv:value_buffer=4,key_buffer=4,resident_layers=auto
 BYTES := shadowkv:value_buffer=4,key_buffer=2,value_dtype=fp8
 FP8 := --method $(BYTES) --method $(BYTES),landmark_dtype=fp8 \
 	--method $(BYTES),landmark_dtype=fp8,landmarks_per_chunk=2,sparse_budget=1024
+LAYER := shadowkv:sparse_budget=2048,rank=160,outlier_chunks=48,value_placement=host
 # A batch whose values pin in a minute, and for which every cell has buffers of its own on the GPU.
 LEVER_BATCH ?= 8
 LEVERS := $(DECODE) $(LLAMA) --batch-size $(LEVER_BATCH) --one-at-a-time --method shadowkv \
@@ -41,7 +42,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-smollm2 train-demo test test-smollm2 test-gpu sanitize-gpu soak-gpu sanitize-soak-gpu lint format typecheck bench-data \
-	bench-ops bench-gpu bench-fp8 bench-lengths bench-levers \
+	bench-ops bench-layer bench-gpu bench-fp8 bench-lengths bench-levers \
 	bench-levers-bytes bench-prefill kernels wheel clean
 
 help: ## List these targets
@@ -141,6 +142,12 @@ bench-data: setup ## Measure how fast prompts are built
 
 bench-ops: setup ## Measure every compiled op on a GPU, SDPA and the torch references beside them
 	$(BIN)/python -m shadowkv_cli.bench.op_speed --reference
+
+bench-layer: kernels ## Time a layer of a captured step on a GPU: half a minute each, for changes of a kernel
+	$(BIN)/python -m shadowkv_cli.bench.layer_speed --batch-size 16 --hit-rate 0.88,0.59 --trace $(GPU_RUN)-layer \
+		--method $(LAYER),value_buffer=4,key_buffer=4
+	$(BIN)/python -m shadowkv_cli.bench.layer_speed --batch-size 24 --lanes 12 --trace $(GPU_RUN)-layer-fp8 \
+		--method $(LAYER),value_buffer=4,key_buffer=2,value_dtype=fp8,landmark_dtype=fp8
 
 bench-gpu: kernels ## Decode throughput on a GPU at 122,880 tokens, beside the targets: some 8 minutes
 	$(DECODE) $(LLAMA) --batch-size auto,1 --eager-baseline --method full $(EXACT) \

@@ -24,6 +24,8 @@ LEAST_SHARED_TOKENS = 64
 
 SCALE_BYTES = 4
 """Of the float32 that scales a chunk of values, or a landmark, in fp8."""
+INDEX_BYTES = 4
+"""Of the int32 that says where a chunk lies."""
 
 Placement = Literal["device", "host"]
 StoredDtype = Literal["model", "fp8"]
@@ -379,6 +381,7 @@ class ShadowKVSpec(SparseSpec):
         elements = width * 2 * fixed + self.rank * (prompt_tokens + width)
         a_layer = elements * shape.element_bytes + self.landmark_bytes(shape, prompt_tokens)
         a_layer += sum(self.buffer_bytes(shape, prompt_tokens))
+        a_layer += self.table_bytes(shape, prompt_tokens)
         forms = self.value_forms(shape.num_layers)
         values = [layer_bytes([form], shape, prompt_tokens) for form in forms]
         return CacheBytes(
@@ -386,12 +389,23 @@ class ShadowKVSpec(SparseSpec):
             sum(held.host for held in values),
         )
 
+    def slots(self, kept: Kept) -> tuple[int, int]:
+        """Of the buffers of keys and of values."""
+        selected = kept.selected_chunks
+        return buffer_slots(selected, self.key_buffer), buffer_slots(selected, self.value_buffer)
+
+    def table_bytes(self, shape: ModelShape, prompt_tokens: int) -> int:
+        """Of where each chunk of one layer of one prompt lies, and which are never selected.
+
+        Buffers of one size have one table.
+        """
+        chunks, slots = prompt_tokens // self.chunk_size, set(self.slots(self.keeps(prompt_tokens)))
+        indices = sum(chunks + 2 * count for count in slots)
+        return shape.num_kv_heads * (indices * INDEX_BYTES + chunks)
+
     def buffer_bytes(self, shape: ModelShape, prompt_tokens: int) -> tuple[int, int]:
         """Of the buffers of keys and of values of one layer of one prompt."""
-        selected = self.keeps(prompt_tokens).selected_chunks
-        keys, values = (
-            buffer_slots(selected, factor) for factor in (self.key_buffer, self.value_buffer)
-        )
+        keys, values = self.slots(self.keeps(prompt_tokens))
         a_chunk = self.chunk_size * shape.key_width
         in_fp8 = a_chunk + shape.num_kv_heads * SCALE_BYTES
         return (

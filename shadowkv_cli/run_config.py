@@ -22,6 +22,10 @@ State = Literal["synthetic", "tokens", "prompts"]
 EAGER = "eager-sdpa"
 """Method and cell of the second baseline: full attention in transformers' own forward."""
 
+ANY_KERNEL = "any kernel"
+"""How a row's phases were timed: how long any kernel of each ran. Earlier rows, which do not say,
+have the sums of kernels' times."""
+
 
 @dataclass(frozen=True)
 class ModelChoice:

@@ -29,7 +29,10 @@ def shared_cache_bytes(
     elements = width * 2 * (prompt_tokens + new_tokens) if exact else 0
     elements += max((spec.rank for spec in shadow), default=0) * (prompt_tokens + width)
     elements += width * sum(_own_tokens(spec, prompt_tokens, new_tokens) for spec in specs)
-    buffers = sum(sum(spec.buffer_bytes(shape, prompt_tokens)) for spec in shadow)
+    buffers = sum(
+        sum(spec.buffer_bytes(shape, prompt_tokens)) + spec.table_bytes(shape, prompt_tokens)
+        for spec in shadow
+    )
     landmarks = {
         (s.chunk_size, s.landmarks_per_chunk, s.landmark_dtype): s.landmark_bytes(
             shape, prompt_tokens

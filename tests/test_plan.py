@@ -94,34 +94,27 @@ def cells_of(run: Path) -> list[Measured]:
     return [Measured(probe, rows) for rows in found.values()]
 
 
-ON_HOST = {"sparse_budget": "2048", "outlier_chunks": "48", "value_placement": "host"}
-SPECS = {
-    spec.cell: spec
-    for spec in build_specs(
-        [
-            "full",
-            "shadowkv:value_buffer=4,key_buffer=4",
-            "shadowkv:value_buffer=4,key_buffer=4,resident_layers=1",
-            "shadowkv:value_buffer=4,key_buffer=2,value_dtype=fp8",
-            "shadowkv:value_buffer=4,key_buffer=2,value_dtype=fp8,landmark_dtype=fp8",
-        ],
-        ON_HOST,
-    )
-}
+def spec_of(row: dict) -> MethodSpec:
+    """The method that a row was measured with, with as many resident layers as it had."""
+    cell = row["spec"].replace("=auto", f"={row['resident_layers']}")
+    [spec] = build_specs([cell], {})
+    return spec
 
 
-@pytest.mark.parametrize(("run", "cells"), [("h100-decode", 5), ("h100-decode-batch-1", 4)])
+@pytest.mark.parametrize(
+    ("run", "cells"), [("h100-decode", 5), ("h100-decode-fp8", 2), ("h100-decode-batch-1", 4)]
+)
 def test_steps_are_foretold_as_the_reference_runs_measured_them(run: str, cells: int) -> None:
     measured = cells_of(RESULTS / run)
     assert len(measured) == cells
     for cell in measured:
-        found = cell.foretold(SPECS[cell.rows[0]["spec"]])
+        found = cell.foretold(spec_of(cell.rows[0]))
         assert found == pytest.approx(cell.step_ms, rel=0.08), cell.rows[0]["cell"]
 
 
 def test_two_micro_batches_are_foretold_to_be_faster_where_they_were_measured() -> None:
     [cell] = [c for c in cells_of(RESULTS / "h100-decode") if c.rows[0]["micro_batches"] == 2]
-    spec = SPECS[cell.rows[0]["spec"]]
+    spec = spec_of(cell.rows[0])
     assert cell.foretold(spec, 2) < cell.foretold(spec, 1), "which is why it was measured with two"
 
 

@@ -20,6 +20,7 @@ from shadowkv_cli.plots import frontier_plot, parameters_plot, style
 from shadowkv_cli.plots.data import different_settings, load, pretty_cell, representative_cells
 from shadowkv_cli.plotting import PLOTS, available, default_output, draw_plots
 from shadowkv_cli.results import RunFolder, read_run
+from shadowkv_cli.run_config import ANY_KERNEL
 from shadowkv_cli.summary import AVERAGE, score_records, throughput_records
 
 GRID = [
@@ -278,6 +279,16 @@ def test_a_timeline_tells_no_rate_of_what_lanes_do_beside_each_other(tmp_path, p
     assert (points["fetch"]["gb_s"], points["fetch"]["share_of_probe"]) == ("", "")
     assert float(points["fetch"]["ms"]) > 0
     assert float(points["select"]["gb_s"]) == pytest.approx(1500), "one kernel for all lanes"
+
+
+def test_a_timeline_tells_the_rate_of_lanes_whose_times_were_not_added_up(tmp_path) -> None:
+    row = timed_step("shadowkv:rank=160", phase_rule=ANY_KERNEL)
+    row["phase_ms"] = PHASES | {"counts": 0.1}
+    draw_plots([gpu_run(tmp_path / "r", [row])], tmp_path / "out", ["timeline"], dpi=50)
+    points = {r["phase"]: r for r in read_csv(tmp_path / "out" / "timeline.csv")}
+    assert float(points["fetch"]["gb_s"]) == pytest.approx(50)
+    assert float(points["fetch"]["share_of_probe"]) == pytest.approx(1)
+    assert (points["counts"]["ms"], points["counts"]["beside"]) == ("0.1", "True")
 
 
 def test_a_timeline_without_a_probe_shows_times_alone(tmp_path):

@@ -55,8 +55,6 @@ def state_of(session: Session, index: int, tokens: int) -> dict[str, Tensor]:
         for form, landmarks in store.landmarks.items():
             count = tokens // form[0]
             found[f"landmarks {form} {layer}"] = landmarks[layer][index, :, :count].float()
-            similarity = store.similarity[form[0]][layer]
-            found[f"similarity {form} {layer}"] = similarity[index, :, :count]
     return found
 
 

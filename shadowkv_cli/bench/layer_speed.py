@@ -27,9 +27,10 @@ from shadowkv_cli.bench.driven_hits import drive
 from shadowkv_cli.bench.soak import build_model
 from shadowkv_cli.bench.state import fill_synthetic
 from shadowkv_cli.cells import build_specs
-from shadowkv_cli.config import parse_token_count
-from shadowkv_cli.errors import EXIT_USAGE, ShadowKVError, UsageError
+from shadowkv_cli.config import ShadowKVSpec, parse_token_count
+from shadowkv_cli.errors import EXIT_FAILED, EXIT_USAGE, ShadowKVError, UsageError
 from shadowkv_cli.model.session import Session
+from shadowkv_cli.ops import compiled
 
 WARMUP, STEPS = 40, 24
 
@@ -79,53 +80,73 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--method", required=True, help="of ShadowKV, as `shadowkv bench` has it")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--context-length", default="122880", help="tokens of each prompt")
-    parser.add_argument("--layers", type=int, default=5, help="of the model")
-    parser.add_argument("--hit-rate", default="0.88", help="one or more, with commas")
-    parser.add_argument("--lanes", default="8", help="one for each hit rate, or one for all")
+    parser.add_argument("--layers", type=int, default=5, help="of the model, 2 or more")
+    parser.add_argument("--hit-rate", default="0.88", help="that selection is driven to; commas")
+    parser.add_argument("--lanes", default="8", help="one number for each hit rate, or one for all")
     parser.add_argument("--rounds", type=int, default=3, help="of which the median counts")
     parser.add_argument("--trace", type=Path, metavar="DIR", help="where traces go, one a rate")
-    return parser.parse_args(given)
+    args = parser.parse_args(given)
+    try:
+        args.rates = [float(rate) for rate in args.hit_rate.split(",")]
+        args.lanes = [int(count) for count in args.lanes.split(",")]
+    except ValueError as error:
+        parser.error(f"--hit-rate and --lanes are numbers with commas between them: {error}")
+    if len(args.lanes) == 1:
+        args.lanes *= len(args.rates)
+    if len(args.lanes) != len(args.rates):
+        parser.error(f"{len(args.lanes)} numbers of lanes for {len(args.rates)} hit rates")
+    least = min(args.batch_size, args.rounds, args.layers - 1, *args.lanes)
+    if least < 1 or not all(0 < rate < 1 for rate in args.rates):
+        parser.error("hit rates lie between 0 and 1, all other numbers are 1 or more, --layers 2")
+    return args
+
+
+def _measure(args: argparse.Namespace) -> None:
+    """Print a line for each hit rate. Raises ShadowKVError for a method that selects nothing."""
+    [spec] = build_specs([args.method], {})
+    if not isinstance(spec, ShadowKVSpec):
+        raise UsageError(f"{spec.cell} selects no chunks by landmarks: use a method of shadowkv.")
+    tokens = parse_token_count(args.context_length)
+    loaded = build_model("large", torch.device("cuda"), args.layers)
+    session = Session(
+        loaded,
+        [spec],
+        prompt_tokens=tokens,
+        new_tokens=WARMUP + STEPS,
+        num_prompts=args.batch_size,
+        merge_cells=False,
+    )
+    first = fill_synthetic(session, tokens)
+    for rate, lanes in zip(args.rates, args.lanes, strict=True):
+        session.focus(spec, lanes=min(lanes, args.batch_size))
+        drive(session, first, rate, WARMUP, STEPS)
+        found = [step_ms(session, first) for _ in range(args.rounds)]
+        hits = session.hit_rate(WARMUP + 1, WARMUP + STEPS) or 0.0
+        kernels = timeline.profiled(session, first, WARMUP)
+        print(
+            f"{layer_us(kernels, args.layers):.1f} us a layer, {median(found):.3f} ms a step of "
+            f"{args.layers} layers; {hits:.1%} hits, {lanes} lanes, batch {args.batch_size}, "
+            f"{spec.cell}",
+            flush=True,
+        )
+        if args.trace is not None:
+            write_trace(kernels, args.trace / f"hits-{100 * rate:g}.csv")
 
 
 def main(given: Sequence[str] | None = None) -> int:
     """Run it; returns the exit code."""
     args = _arguments(given)
-    if not torch.cuda.is_available():
-        print("A layer of a captured step needs a GPU.", file=sys.stderr)
+    if not torch.cuda.is_available() or compiled.ABSENT:
+        print("A layer of a captured step needs a GPU and the kernels.", file=sys.stderr)
         return EXIT_USAGE
     try:
-        [spec] = build_specs([args.method], {})
-        rates = [float(rate) for rate in args.hit_rate.split(",")]
-        lanes = [int(count) for count in args.lanes.split(",")]
-        lanes = lanes * len(rates) if len(lanes) == 1 else lanes
-        tokens = parse_token_count(args.context_length)
-        loaded = build_model("large", torch.device("cuda"), args.layers)
-        session = Session(
-            loaded,
-            [spec],
-            prompt_tokens=tokens,
-            new_tokens=WARMUP + STEPS,
-            num_prompts=args.batch_size,
-            merge_cells=False,
-        )
-        first = fill_synthetic(session, tokens)
-        for rate, count in zip(rates, lanes, strict=True):
-            session.focus(spec, lanes=count)
-            drive(session, first, rate, WARMUP, STEPS)
-            found = [step_ms(session, first) for _ in range(args.rounds)]
-            hits = session.hit_rate(WARMUP + 1, WARMUP + STEPS) or 0.0
-            kernels = timeline.profiled(session, first, WARMUP)
-            print(
-                f"{layer_us(kernels, args.layers):.1f} us a layer, {median(found):.3f} ms a step "
-                f"of {args.layers} layers; {hits:.1%} hits, {count} lanes, batch "
-                f"{args.batch_size}, {spec.cell}",
-                flush=True,
-            )
-            if args.trace is not None:
-                write_trace(kernels, args.trace / f"hits-{100 * rate:g}.csv")
-    except (UsageError, ValueError) as error:
+        _measure(args)
+    except UsageError as error:
         print(error, file=sys.stderr)
         return EXIT_USAGE
+    except (ShadowKVError, torch.OutOfMemoryError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return EXIT_FAILED
     return 0
 
 

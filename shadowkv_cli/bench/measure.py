@@ -18,7 +18,7 @@ from shadowkv_cli.config import MethodSpec
 from shadowkv_cli.environment import clocks_mhz
 from shadowkv_cli.model.failures import MethodFailure
 from shadowkv_cli.model.session import Session
-from shadowkv_cli.run_config import BenchSettings
+from shadowkv_cli.run_config import ANY_KERNEL, BenchSettings
 
 Row = dict[str, Any]
 
@@ -110,6 +110,7 @@ def _eagerly(
         "hit_rate": None,
         "attended_tokens": case.prompt_tokens + settings.new_tokens,
         "phase_ms": None,
+        "phase_rule": None,
         "phase_bytes": None,
         "predicted_step_ms": None,
         "note": eager.NOTE,
@@ -154,6 +155,7 @@ def _in_the_engine(
         "hit_rate": hits,
         "attended_tokens": sum(a["attended_tokens"] for a in audits) / len(audits),
         "phase_ms": phases,
+        "phase_rule": ANY_KERNEL if phases else None,
         "phase_bytes": _phase_bytes(session, case, hits) if phases else None,
         "predicted_step_ms": _predicted(session, case, hits),
         "note": None,

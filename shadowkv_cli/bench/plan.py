@@ -2,8 +2,8 @@
 
 Arithmetic from sizes, probes and a hit rate. A phase takes a fixed time for each launch and the
 time of its bytes at a share of the probe; the constants were fitted to runs on one H100
-(results/h100-decode and h100-decode-batch-1), and what overlaps is taken off. On a CPU nothing is
-foretold this way.
+(results/h100-decode, h100-decode-fp8 and h100-decode-batch-1), and what overlaps is taken off. On a
+CPU nothing is foretold this way.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ SHARE: Mapping[str, float] = {
     "dense": 0.94,
     "select": 0.95,
     "select in fp8": 0.63,  # half the bytes take as many products, and as much ranking
+    "select of several in fp8": 0.5,  # landmarks a chunk
     "fetch": 0.95,
     "rebuild": 0.25,
     "attention": 0.85,
@@ -41,10 +42,6 @@ SHARE: Mapping[str, float] = {
 
 DENSE_ROW_US = 0.9
 """Microseconds that each row adds to the dense part of a layer."""
-
-CONTENTION = 1.08
-"""How much longer another micro-batch's work takes beside a fetch, fitted to one cell of
-results/h100-decode."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +82,7 @@ def memory_items(
         Item("outliers, local and generated tokens", unit * width * 2 * fixed),
         Item("values", beside, on_host),
         Item("scales of values", scales),
+        Item("tables", shape.num_layers * batch * spec.table_bytes(shape, prompt_tokens)),
     ]
 
 
@@ -175,7 +173,10 @@ def phase_ms(
     found["attention"] = phase("attention", micro_batches)  # lanes' are under way together
     if isinstance(spec, ShadowKVSpec):
         tables = 1 if spec.key_buffer == spec.value_buffer else 2
-        kind = "select in fp8" if spec.landmark_dtype == "fp8" else "select"
+        kind = "select"
+        if spec.landmark_dtype == "fp8":
+            several = spec.landmarks_per_chunk > 1
+            kind = "select of several in fp8" if several else "select in fp8"
         found["select"] = phase("select", micro_batches, kind=kind)
         found["residency"] = layers * launches * tables * LAUNCH_US["residency"] / 1e3
         found["rebuild"] = phase("rebuild", launches)
@@ -204,12 +205,11 @@ def _beside(phases: Mapping[str, float]) -> float:
 def _in_turns(phases: Mapping[str, float], lanes: int, turns: int) -> float:
     """A step in which all that a micro-batch fetches hides behind the work of another.
 
-    Either that work takes as long as the step, slowed down beside the fetches; or the bus does,
-    which has nothing to fetch in the first turn of all that a micro-batch takes in a layer.
+    Either that work takes as long as the step; or the bus does, which has nothing to fetch in the
+    first turn of all that a micro-batch takes in a layer.
     """
     work = phases["dense"] + phases["select"] + phases["attention"] + phases["residency"] / lanes
-    beside = _beside(phases)
-    return max(work + (CONTENTION - 1) * min(work, beside), beside + work / turns)
+    return max(work, _beside(phases) + work / turns)
 
 
 def _with_overlap(phases: Mapping[str, float], lanes: int, layers: int) -> float:

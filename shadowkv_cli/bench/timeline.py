@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,8 @@ PHASES = {
     "layer ops": ("normalise_", "rotate_units", "gate", "append_"),
     "matrix products": ("gemm", "gemv", "cutlass", "nvjet", "splitKreduce"),
 }
-"""Parts of kernel names, ours first; what no phase knows is `other`."""
+"""Parts of kernel names, ours first; what no phase knows is `other`, or `counts` on a stream where
+nothing is multiplied: what was selected and fetched is counted beside the model."""
 WAITING = "wait_for_rows"
 """The kernel that does nothing but wait for another one."""
 
@@ -86,9 +87,17 @@ def phase_ms(session: Session, first: Tensor, warmup: int) -> dict[str, float]:
 
     Phases that overlap add up to more than a step.
     """
+    return by_phase(profiled(session, first, warmup))
+
+
+def by_phase(kernels: Sequence[Kernel]) -> dict[str, float]:
+    """The same of the kernels of STEPS steps, the longest first."""
+    multiply = {k.stream for k in kernels if phase_of(k.name) == "matrix products"}
     spans: dict[str, list[tuple[float, float]]] = {}
-    for kernel in profiled(session, first, warmup):
+    for kernel in kernels:
         phase = phase_of(kernel.name)
+        if phase == "other" and multiply and kernel.stream not in multiply:
+            phase = "counts"
         if phase is not None:
             spans.setdefault(phase, []).append((kernel.start, kernel.end))
     total = {phase: covered(own) / 1e3 / STEPS for phase, own in spans.items()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shadowkv_cli import ops
-from shadowkv_cli.config import Kept, ShadowKVSpec, SparseSpec, buffer_slots
+from shadowkv_cli.config import Kept, ShadowKVSpec, SparseSpec
 from shadowkv_cli.methods.base import Row
 from shadowkv_cli.methods.side_stream import SideStream
 from shadowkv_cli.methods.sparse import Placed, SparseGroup
@@ -55,15 +55,12 @@ class ShadowKVGroup(SparseGroup):
 
     def slots(self, spec: SparseSpec, kept: Kept) -> tuple[int, int]:
         assert isinstance(spec, ShadowKVSpec)
-        return (
-            buffer_slots(kept.selected_chunks, spec.key_buffer),
-            buffer_slots(kept.selected_chunks, spec.value_buffer),
-        )
+        return spec.slots(kept)
 
     def outlier_tokens(self, layer: int, row: int, prompt: Prompt, k: Tensor) -> Tensor:
         # Not from `num_chunks`, which would wait for the device.
         chunks = (prompt.tokens - self.row_kept[row].local_tokens) // self.chunk_size
-        similarity = self.store.similarity[self.chunk_size][layer][prompt.index, :, :chunks]
+        similarity = self.store.similarity[self.chunk_size][:, :chunks]
         worst = similarity.topk(self.row_kept[row].outlier_chunks, largest=False).indices
         excluded = self.excluded[layer][row]
         excluded.zero_()

@@ -114,7 +114,7 @@ class PromptStore:
         value_store: values in every form that is wanted, those included.
         landmarks: [P, Hk, C, L, D] by form and layer.
         landmark_scales: of those in fp8, float32 [P, Hk, C, L].
-        similarity: float32 [P, Hk, C] by chunk size and layer.
+        similarity: float32 [Hk, C] by chunk size, of the prompt and layer taken in last.
     """
 
     def __init__(
@@ -157,10 +157,7 @@ class PromptStore:
                 self.landmark_scales[form] = [
                     empty_in_words(*chunks, dtype=torch.float32, device=device) for _ in layers
                 ]
-        self.similarity = {
-            size: empty(prompts, heads, tokens // size, dtype=torch.float32)
-            for size in {size for size, *_ in needs.landmarks}
-        }
+        self.similarity: dict[int, Tensor] = {}
         self.low_rank_method: Method | None = None
         """How low-rank keys are found; None: as their sizes ask for."""
         self.tables: RotaryTables | None = None
@@ -185,7 +182,7 @@ class PromptStore:
     def _add_landmarks(self, layer: int, prompt: Prompt, k: Tensor, form: LandmarkForm) -> None:
         size, count, kept_in = form
         here = (prompt.index, slice(None), slice(prompt.tokens // size))
-        means, self.similarity[size][layer][here] = ops.build_landmarks(k, size, count)
+        means, self.similarity[size] = ops.build_landmarks(k, size, count)
         if kept_in == "fp8":
             means, self.landmark_scales[form][layer][here] = quantise(means, 1)
         self.landmarks[form][layer][here] = means

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from shadowkv_cli.plots import style
 from shadowkv_cli.plots.data import PlotData, Series, different_settings
 from shadowkv_cli.rowlog import Row
+from shadowkv_cli.run_config import ANY_KERNEL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,17 +23,20 @@ PHASES = {
     "other": ("other",),
     "fetch": ("fetch",),
     "rebuild": ("rebuild",),
+    "counts": ("counts",),
 }
 """Phases as they are drawn, and those of the rows that each is made of."""
 
-HATCHES = dict(zip(PHASES, ("", "////", "xxxx", "\\\\\\\\", "", "", "++++"), strict=True))
+HATCHES = dict(zip(PHASES, ("", "////", "xxxx", "\\\\\\\\", "", "", "++++", "----"), strict=True))
 """Lines alone: dots would make the SVG ten times as large."""
 
-BESIDE = ("fetch", "rebuild")
-"""On streams of their own, beside other lanes' selection and attention."""
+COLOURS = dict(zip(PHASES, (*style.OKABE_ITO, style.GREY), strict=True))
+
+BESIDE = ("fetch", "rebuild", "counts")
+"""On streams of their own, beside other lanes' selection and attention, or beside the model."""
 
 BY_LANE = ("attention", "fetch", "rebuild")
-"""Each lane has its own, beside those of others: their times add up to more than it takes."""
+"""Each lane has its own. Earlier rows have the sums of their times."""
 
 _Part = tuple[str, float, float | None, float | None]
 """A phase's name, milliseconds, GB/s and share of the probe; the last two where they are known."""
@@ -75,8 +79,9 @@ class _Step:
         return {name: ms for name, ms in found.items() if ms}
 
     def gb_s(self, phase: str) -> float | None:
-        """None where bytes are not known, or lanes do this beside each other."""
-        if phase in BY_LANE and self.row.get("lanes", 1) * self.row.get("micro_batches", 1) > 1:
+        """None where bytes are not known, or times of lanes beside each other were added up."""
+        parts = self.row.get("lanes", 1) * self.row.get("micro_batches", 1)
+        if phase in BY_LANE and parts > 1 and self.row.get("phase_rule") != ANY_KERNEL:
             return None
         moved = (self.row.get("phase_bytes") or {}).get(phase)
         return moved / self.phases[phase] / 1e6 if moved else None
@@ -200,7 +205,7 @@ def _write_in_bars(axes: Axes, wanted: Sequence[_Written]) -> None:
 
 def _draw_steps(axes: Axes, steps: Sequence[_Step], inches: Sequence[float]) -> list[_Written]:
     """Draw every step, from the top; returns what `_write_in_bars` wants."""
-    names, top, ticks = list(PHASES), 0.0, []
+    top, ticks = 0.0, []
     inside: list[_Written] = []
     for step, height in zip(steps, inches, strict=True):
         middle = top + height / 2
@@ -209,8 +214,7 @@ def _draw_steps(axes: Axes, steps: Sequence[_Step], inches: Sequence[float]) -> 
         for i, bar in enumerate(bars):
             left, y = 0.0, first + i * BAR_INCHES
             for part in bar.parts:
-                which = names.index(part[0])
-                colour = style.OKABE_ITO[which]
+                colour = COLOURS[part[0]]
                 axes.barh(
                     y,
                     part[1],
@@ -270,18 +274,18 @@ def draw(data: PlotData) -> Figure:
         title = f"{lengths.pop():,} tokens of context" if len(lengths) == 1 else ""
         axis.set_title(data.title(title, series), loc="left")
     handles: list[Any] = [
-        Patch(facecolor=style.OKABE_ITO[i], hatch=HATCHES[name], edgecolor="white", label=name)
-        for i, name in enumerate(PHASES)
+        Patch(facecolor=COLOURS[name], hatch=HATCHES[name], edgecolor="white", label=name)
+        for name in PHASES
         if any(name in step.phases for _, steps in found for step in steps)
     ]
     handles.append(Line2D([], [], color=style.BLACK, linewidth=2, label="a step, by the clock"))
     style.legend_outside(figure, handles)
     common = [different_settings([step.row["cell"] for step in steps])[1] for _, steps in found]
     caption = (
-        "Kernel times of a captured step; fetch and rebuild run beside the rest, so all together "
-        "may take longer than the step; so may the fetches of several lanes, which take turns, and "
-        "waiting counts. GB/s: bytes that a phase must move once; percent: of what the memory, for "
-        "fetch the bus, was probed to reach."
+        "How long any kernel of a phase runs in a captured step. Phases run beside each other, so "
+        "all together may take longer than the step; a fetch that waits for its turn counts. GB/s: "
+        "bytes that a phase must move once; percent: of what the memory, for fetch the bus, was "
+        "probed to reach."
     )
     for shared in dict.fromkeys(filter(None, common)):
         caption += f" All of ShadowKV: {shared}."
