@@ -201,7 +201,10 @@ class MethodOptions:
     key_buffer: Annotated[list[str] | None, _many("FACTOR", "The same for rebuilt keys")] = None
     value_dtype: Annotated[
         list[str] | None,
-        _many("model|fp8", "Values where they lie: as the model has them, or 8 bits and scales"),
+        _many(
+            "model|fp8",
+            "Values until they are attended: as the model has them, or in 8 bits",
+        ),
     ] = None
     landmark_dtype: Annotated[
         list[str] | None, _many("model|fp8", "The same for landmarks, which select chunks")
