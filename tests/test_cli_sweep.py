@@ -148,7 +148,7 @@ def test_bench_largest_batches_follow_the_memory(
 
     shape = load_model(ModelChoice(str(tiny_model_folder))).shape
     room = 9 * FullSpec().cache_bytes(shape, 512, 5).device + 100
-    monkeypatch.setattr(cases, "free_device_bytes", lambda device, reserve: room)
+    monkeypatch.setattr(cases, "free_device_bytes", lambda device, reserve, *_: room)
     more = ["--context-length", "512", "--batch-size", "equal,auto", "--state", "synthetic"]
     more += ["--sparse-budget", "16"]
     assert run(bench_command(tiny_model_folder, tmp_path / "b", *more)) == 0

@@ -44,7 +44,7 @@ GRID = [
 SIZES = [*GRID, *(random_sizes(seed, device=DEVICE) for seed in range(16))]
 MANY_MISSES = Sizes(device=DEVICE, rows=8, heads=8, chunk_size=1, chunks=700, wanted=600, slots=800)
 """Of which a block of `fetch_values` from the host gets more than it finds at a time."""
-MANY_PLANES = Sizes(device=DEVICE, rows=260, prompts=5, heads=8, wanted=3, slots=4)
+MANY_PLANES = Sizes(device=DEVICE, rows=960, prompts=5, heads=8, wanted=3, slots=4)
 """Of which `fetch_values` cannot list the misses beside what a block copies in bulk."""
 IN_PIECES = [
     Sizes(device=DEVICE, dim=96, pairs=48, chunk_size=8, rows=6, wanted=30, slots=40),

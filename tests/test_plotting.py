@@ -283,12 +283,13 @@ def test_a_timeline_tells_no_rate_of_what_lanes_do_beside_each_other(tmp_path, p
 
 def test_a_timeline_tells_the_rate_of_lanes_whose_times_were_not_added_up(tmp_path) -> None:
     row = timed_step("shadowkv:rank=160", phase_rule=ANY_KERNEL)
-    row["phase_ms"] = PHASES | {"counts": 0.1}
+    row["phase_ms"] = PHASES | {"beside": 0.1}
     draw_plots([gpu_run(tmp_path / "r", [row])], tmp_path / "out", ["timeline"], dpi=50)
     points = {r["phase"]: r for r in read_csv(tmp_path / "out" / "timeline.csv")}
     assert float(points["fetch"]["gb_s"]) == pytest.approx(50)
     assert float(points["fetch"]["share_of_probe"]) == pytest.approx(1)
-    assert (points["counts"]["ms"], points["counts"]["beside"]) == ("0.1", "True")
+    assert points["counts, drift"]["ms"] == "0.1"
+    assert points["counts, drift"]["beside"] == "True"
 
 
 def test_a_timeline_without_a_probe_shows_times_alone(tmp_path):

@@ -124,6 +124,29 @@ def test_what_lanes_break_is_found_and_can_be_repeated(factor, said, monkeypatch
     assert soak.main(repeated[3:]) == 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plants what would fail otherwise there")
+def test_bytes_that_never_come_are_found_though_their_scales_do(monkeypatch, capsys) -> None:
+    """Nothing is evicted from that buffer: what lay there before would be right."""
+    load, text = (
+        ShadowKVGroup.load_values,
+        (
+            "batch=3 lanes=2 micro_batches=1 tokens=300 drift=0.01 seed=7 method=shadowkv:"
+            "sparse_budget=32,rank=16,value_placement=host,value_buffer=4,value_dtype=fp8"
+        ),
+    )
+    assert soak.main([*FAST, "--layers", "1", "--case", text]) == 0
+
+    def broken(self: ShadowKVGroup, layer: int, placed) -> None:
+        held = self.value_buffers[layer].clone()
+        load(self, layer, placed)
+        if len(self.rows) == 1:  # the first lane of two, of three rows
+            self.value_buffers[layer].copy_(held)
+
+    monkeypatch.setattr(ShadowKVGroup, "load_values", broken)
+    assert soak.main([*FAST, "--layers", "1", "--case", text]) == 1
+    assert "FAILED: 2 lanes: logits are not finite" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="compares micro-batches with each other there"
 )

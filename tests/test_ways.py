@@ -125,7 +125,7 @@ def test_a_batch_has_no_more_lanes_than_sequences() -> None:
 @pytest.fixture
 def h100(monkeypatch) -> Room:
     """A machine with 64 GB beside the weights and 130 GB of host memory, which nobody asks."""
-    monkeypatch.setattr(cases, "free_device_bytes", lambda device, reserve: 64_900_000_000)
+    monkeypatch.setattr(cases, "free_device_bytes", lambda device, reserve, *_: 64_900_000_000)
     monkeypatch.setattr(memory, "available_host_bytes", lambda: 130_000_000_000)
     monkeypatch.setattr(cases, "available_host_bytes", lambda: 130_000_000_000)
     return Room(LLAMA, torch.device("cuda"))

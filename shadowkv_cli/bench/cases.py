@@ -16,6 +16,7 @@ from shadowkv_cli.bench.memory import (
     DECODE_RESERVE,
     RESERVE,
     available_host_bytes,
+    decode_bytes,
     free_device_bytes,
     free_host_bytes,
 )
@@ -156,10 +157,13 @@ def _ways(case: Case, settings: BenchSettings, *, is_first: bool) -> list[Case]:
     ]
 
 
-def free_bytes(device: torch.device, settings: BenchSettings) -> int:
-    """Memory for caches; a prefill needs more beside them than decoding."""
-    synthetic = settings.state == "synthetic"
-    return free_device_bytes(device, DECODE_RESERVE if synthetic else RESERVE)
+def free_bytes(
+    device: torch.device, settings: BenchSettings, shape: ModelShape, tokens: int
+) -> int:
+    """Memory for caches of prompts of that length; a prefill needs more beside them."""
+    if settings.state != "synthetic":
+        return free_device_bytes(device, RESERVE)
+    return free_device_bytes(device, DECODE_RESERVE, decode_bytes(shape, tokens))
 
 
 @dataclass(frozen=True)
@@ -180,8 +184,8 @@ class Room:
     weight_bytes: int = 0
     probe: Probe | None = None
 
-    def free_bytes(self, settings: BenchSettings) -> int:
-        return free_bytes(self.device, settings) - self.still_to_load
+    def free_bytes(self, tokens: int, settings: BenchSettings) -> int:
+        return free_bytes(self.device, settings, self.shape, tokens) - self.still_to_load
 
     def largest_batch(self, spec: MethodSpec, tokens: int, settings: BenchSettings) -> int:
         """Sequences whose cache fits beside the model, and on the host, by the method's bytes.
@@ -189,7 +193,7 @@ class Room:
         On a CPU at most `MOST_ON_CPU`: a small model would fill the whole memory for no gain.
         """
         held = spec.cache_bytes(self.shape, tokens, settings.new_tokens)
-        fits = self.free_bytes(settings) // held.device
+        fits = self.free_bytes(tokens, settings) // held.device
         if self.device.type == "cpu":
             fits = min(fits, MOST_ON_CPU)
         on_host = free_host_bytes() if held.host else 0
@@ -216,7 +220,7 @@ class Room:
             return replace(spec, resident_layers=0)
         held = spec.cache_bytes(self.shape, tokens, settings.new_tokens)
         [form, *_] = spec.value_forms(self.shape.num_layers)
-        room = self.free_bytes(settings) - batch * held.device
+        room = self.free_bytes(tokens, settings) - batch * held.device
         layers = max(room, 0) // (batch * form.data_bytes(self.shape, tokens))
         return replace(spec, resident_layers=min(layers, self.shape.num_layers))
 
@@ -267,7 +271,7 @@ class Room:
         """Raise UsageError where a case's batch does not fit beside the model, or on the host."""
         held = case.spec.cache_bytes(self.shape, case.prompt_tokens, settings.new_tokens)
         batch = max(case.batch_size, 1)
-        places = [("", held.device, self.free_bytes(settings))]
+        places = [("", held.device, self.free_bytes(case.prompt_tokens, settings))]
         if held.host:
             places.append((" of host memory", held.host, available_host_bytes()))
         for what, needed, free in places:

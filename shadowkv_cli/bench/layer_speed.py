@@ -5,8 +5,8 @@
 
 A model of a few layers as wide as Llama 3.1 8B's, with random keys and values: the layers of a step
 are alike, so these tell what a change of a kernel gives. A layer lasts from one selection's
-beginning to the next one's, as the profiler sees it. `--trace FILE` writes every kernel of the
-profiled steps as CSV: its stream, when it began and ended.
+beginning to the next one's, as the profiler sees it. `--trace DIR` keeps every kernel of the
+profiled steps as CSV, a file a hit rate: its stream, when it began and ended.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def layer_us(kernels: Sequence[timeline.Kernel], layers: int) -> float:
     Raises ShadowKVError where there are not as many selections as layers in each step.
     """
     begins = [k.start for k in kernels if timeline.phase_of(k.name) == "select"]
-    if layers < 2 or not begins or len(begins) % layers:
+    if layers < 2 or len(begins) != layers * timeline.STEPS:
         raise ShadowKVError(
             f"{len(begins)} selections of {layers} layers tell no layer's time: it takes one "
             "kernel a layer, of two layers at least, and no micro-batches."
@@ -103,11 +103,12 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
 
 def _measure(args: argparse.Namespace) -> None:
     """Print a line for each hit rate. Raises ShadowKVError for a method that selects nothing."""
-    [spec] = build_specs([args.method], {})
-    if not isinstance(spec, ShadowKVSpec):
-        raise UsageError(f"{spec.cell} selects no chunks by landmarks: use a method of shadowkv.")
+    spec, *others = build_specs([args.method], {})
+    if others or not isinstance(spec, ShadowKVSpec):
+        raise UsageError(f"--method {args.method}: one cell of shadowkv is timed at a time.")
     tokens = parse_token_count(args.context_length)
     loaded = build_model("large", torch.device("cuda"), args.layers)
+    spec.check_model(loaded.shape)
     session = Session(
         loaded,
         [spec],

@@ -19,9 +19,7 @@ HOST_RESERVE_BYTES = 6_000_000_000
 captures and profiles does not grow with the memory there is."""
 
 DECODE_RESERVE = 0.025
-"""The same on a GPU that only decodes. On an H100 of 85 GB, at 122,880 tokens: a layer of a prompt
-that is filled in takes 0.8 GB, later a step's workspace 0.5; graphs and libraries 0.4, and what the
-allocator could not join was 0.4."""
+"""The same on a GPU that only decodes, if that is more than `decode_bytes`."""
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -70,18 +68,30 @@ def free_host_bytes() -> int:
     return available - min(int(RESERVE * available), HOST_RESERVE_BYTES)
 
 
-def free_device_bytes(device: torch.device, reserve: float = RESERVE) -> int:
+def free_device_bytes(device: torch.device, reserve: float = RESERVE, least: int = 0) -> int:
     """Memory beside the model that caches may take.
 
     Args:
         device: of the model.
         reserve: share of a GPU's memory that is left; on a CPU it is always `RESERVE`.
+        least: bytes that are left at least, on a GPU.
     """
     if device.type == "cpu":
         return int(available_host_bytes() * (1 - RESERVE))
     free, total = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(free + cached - reserve * total)
+    return int(free + cached - max(reserve * total, least))
+
+
+def decode_bytes(shape: ModelShape, tokens: int) -> int:
+    """What decoding on a GPU takes beside the caches, random prompts' being made included.
+
+    A layer of such a prompt is there with what is computed of it, 1.6 times its keys and values by
+    their sizes: more than a step's workspace later. That was 0.5 GB on an H100, of the shape of
+    Llama-3.1-8B at 122,880 tokens; graphs, libraries and what the allocator could not join, 0.9.
+    """
+    layer = shape.kv_bytes(tokens) // shape.num_layers
+    return layer * 8 // 5 + 900_000_000
 
 
 WORKSPACE = 6

@@ -147,7 +147,7 @@ def phase_ms(
 
     Of the selected chunks `hit_rate` are at hand; each of the micro-batches has so many lanes.
     Values that lie on the host come over the bus, which must be probed then; chunks of 1 KiB are
-    taken to come as fast as those of 2 KiB, since a warp of the kernel reads two of them at once.
+    taken to come as fast as those of 2 KiB: a stage of the kernel holds as many bytes of them.
     """
     moved = phase_bytes(
         spec,

@@ -51,6 +51,7 @@ LONGEST = {"large": 16_384, "small": 1024}
 PROFILED_AFTER = 1
 """Steps before those that the profiler sees."""
 FEWEST_STEPS = PROFILED_AFTER + timeline.STEPS
+FP8_NAN = 0x7F
 TOLERANCE = 1e-4
 """Of a CPU, whose products are rounded by the shape of a batch, as a share of the largest logit."""
 
@@ -131,7 +132,8 @@ class _Decoder:
         """Leave nothing in the buffers that was right before and would be right now."""
         for space in (*self.group.keys, *self.group.values):
             self.group.buffer(space).fill_(float("nan"))
-        for scales in self.group.value_scales:
+        for buffer, scales in zip(self.group.value_buffers, self.group.value_scales, strict=True):
+            buffer.view(torch.uint8).fill_(FP8_NAN)
             scales.fill_(float("nan"))
 
 

@@ -44,7 +44,7 @@ def _all_fit(
     specs: Sequence[MethodSpec], case: Case, loaded: LoadedModel, settings: BenchSettings
 ) -> bool:
     needed = _needed_bytes(specs, case, loaded, settings)
-    free = free_bytes(loaded.device, settings)
+    free = free_bytes(loaded.device, settings, loaded.shape, case.prompt_tokens)
     if loaded.device.type == "cpu":
         return needed.device + needed.host <= free
     return needed.device <= free and needed.host <= free_host_bytes() + idle_bytes()

@@ -22,8 +22,8 @@ PHASES = {
     "layer ops": ("normalise_", "rotate_units", "gate", "append_"),
     "matrix products": ("gemm", "gemv", "cutlass", "nvjet", "splitKreduce"),
 }
-"""Parts of kernel names, ours first; what no phase knows is `other`, or `counts` on a stream where
-nothing is multiplied: what was selected and fetched is counted beside the model."""
+"""Parts of kernel names, ours first; what no phase knows is `other`, or `beside` on a stream where
+nothing is multiplied: there chunks are counted, and queries drift that are driven to a hit rate."""
 WAITING = "wait_for_rows"
 """The kernel that does nothing but wait for another one."""
 
@@ -97,7 +97,7 @@ def by_phase(kernels: Sequence[Kernel]) -> dict[str, float]:
     for kernel in kernels:
         phase = phase_of(kernel.name)
         if phase == "other" and multiply and kernel.stream not in multiply:
-            phase = "counts"
+            phase = "beside"
         if phase is not None:
             spans.setdefault(phase, []).append((kernel.start, kernel.end))
     total = {phase: covered(own) / 1e3 / STEPS for phase, own in spans.items()}

@@ -130,9 +130,9 @@ class SparseGroup(Group):
         self.stream: SideStream | None = None
         """Where a lane attends beside the others."""
         self.key_stream: SideStream | None = None
-        """Where it rebuilds keys before."""
+        """Where it rebuilds keys before, and places them, if they have a table of their own."""
         self.fetch_stream: SideStream | None = None
-        """Where chunks are placed and values fetched beside that; None: one after the other."""
+        """Where values are placed and fetched beside that; None: one after the other."""
         self.count_stream: SideStream | None = None
         """Where a step's chunks are counted beside the model's last layers; None: behind them."""
         self.progress: Progress | None = None

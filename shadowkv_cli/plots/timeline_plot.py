@@ -23,7 +23,7 @@ PHASES = {
     "other": ("other",),
     "fetch": ("fetch",),
     "rebuild": ("rebuild",),
-    "counts": ("counts",),
+    "counts, drift": ("beside",),
 }
 """Phases as they are drawn, and those of the rows that each is made of."""
 
@@ -32,7 +32,7 @@ HATCHES = dict(zip(PHASES, ("", "////", "xxxx", "\\\\\\\\", "", "", "++++", "---
 
 COLOURS = dict(zip(PHASES, (*style.OKABE_ITO, style.GREY), strict=True))
 
-BESIDE = ("fetch", "rebuild", "counts")
+BESIDE = ("fetch", "rebuild", "counts, drift")
 """On streams of their own, beside other lanes' selection and attention, or beside the model."""
 
 BY_LANE = ("attention", "fetch", "rebuild")
