@@ -16,6 +16,9 @@ from shadowkv_cli.cells import build_specs
 from shadowkv_cli.cli import run
 from shadowkv_cli.errors import ShadowKVError
 from shadowkv_cli.methods.pinned import idle_bytes
+from shadowkv_cli.methods.shadowkv import ShadowKVGroup
+from shadowkv_cli.methods.sparse import Placed
+from shadowkv_cli.model.failures import MethodFailure
 from shadowkv_cli.model.fused import join_projections
 from shadowkv_cli.model.loading import LoadedModel, describe
 from shadowkv_cli.model.session import Session
@@ -326,6 +329,34 @@ def test_a_step_that_fails_while_it_is_captured_says_what_failed() -> None:
     assert len(calls) == 2
     factors = product_factors()
     assert product_graph(*factors).replay(torch.arange(8, device="cuda")).finite.all()
+
+
+@pytest.mark.parametrize(("captures", "fails_at"), [(True, 11), (True, 5), (False, 5)])
+def test_a_lane_that_fails_says_what_failed_and_leaves_nothing_under_way(
+    captures: bool, fails_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second lane of three in the second layer of two, in the capture or in a step before."""
+    session = in_parts_session(torch.bfloat16, 6)
+    [spec] = session.specs
+    tokens = torch.arange(6, device="cuda")
+    session.focus(spec, lanes=3, captures=captures)
+    expected = session.next_tokens(tokens).logits.clone()
+    rebuild, calls = ShadowKVGroup.load_keys, []
+
+    def failing(self: ShadowKVGroup, layer: int, placed: Placed) -> None:
+        calls.append(layer)
+        if len(calls) == fails_at:
+            raise RuntimeError("no room")
+        rebuild(self, layer, placed)
+
+    monkeypatch.setattr(ShadowKVGroup, "load_keys", failing)
+    session.focus(spec, lanes=3, captures=captures)
+    with pytest.raises(MethodFailure, match="no room"):
+        session.next_tokens(tokens)
+    monkeypatch.undo()
+    torch.cuda.synchronize()
+    session.focus(spec, lanes=3, captures=captures)
+    assert torch.equal(session.next_tokens(tokens).logits, expected)
 
 
 def test_a_session_that_nobody_wants_goes_before_a_capture_or_after_it() -> None:

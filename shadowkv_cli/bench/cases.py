@@ -271,7 +271,7 @@ class Room:
         """Raise UsageError where a case's batch does not fit beside the model, or on the host."""
         held = case.spec.cache_bytes(self.shape, case.prompt_tokens, settings.new_tokens)
         batch = max(case.batch_size, 1)
-        places = [("", held.device, self.free_bytes(case.prompt_tokens, settings))]
+        places = [(" beside the model", held.device, self.free_bytes(case.prompt_tokens, settings))]
         if held.host:
             places.append((" of host memory", held.host, available_host_bytes()))
         for what, needed, free in places:
@@ -279,7 +279,7 @@ class Room:
                 raise UsageError(
                     f"{case.spec.cell} at {case.context_length} tokens needs "
                     f"{format_bytes(needed * batch)}{what} for batch {batch}, "
-                    f"{format_bytes(free)} are free: use a smaller --batch-size or "
+                    f"{format_bytes(max(free, 0))} are free: use a smaller --batch-size or "
                     "--context-length."
                 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -41,15 +41,20 @@ class SideStream:
 
     @contextmanager
     def forked(self, ready: torch.cuda.Event | None = None) -> Iterator[Join]:
-        """Issue work that begins when all that was issued before is done, or before an event."""
+        """Issue work that begins when all that was issued before is done, or before an event.
+
+        What was issued before a failure can be waited for, too.
+        """
         if ready is None:
             self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         else:
             self.stream.wait_event(ready)
         join = Join()
         with torch.cuda.stream(self.stream):
-            yield join
-            join.event = self.stream.record_event()
+            try:
+                yield join
+            finally:
+                join.event = self.stream.record_event()
 
 
 def beside(
@@ -57,3 +62,19 @@ def beside(
 ) -> AbstractContextManager[Join]:
     """Issue work on a side stream (`forked`), or where there is none on the current one."""
     return nullcontext(Join()) if stream is None else stream.forked(ready)
+
+
+@contextmanager
+def joined_after_failure(begun: Sequence[Join]) -> Iterator[None]:
+    """Wait for all of these where something fails within: a capture cannot end before they joined.
+
+    Without a failure whoever issued them waits.
+    """
+    succeeded = False
+    try:
+        yield
+        succeeded = True
+    finally:
+        if not succeeded:
+            for join in begun:
+                join.wait()

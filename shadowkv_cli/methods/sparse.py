@@ -14,7 +14,14 @@ from torch import Tensor
 from shadowkv_cli import ops
 from shadowkv_cli.config import Kept, SparseSpec, buffer_slots
 from shadowkv_cli.methods.base import Group, Row
-from shadowkv_cli.methods.side_stream import FIRST, SECOND, Join, SideStream, beside
+from shadowkv_cli.methods.side_stream import (
+    FIRST,
+    SECOND,
+    Join,
+    SideStream,
+    beside,
+    joined_after_failure,
+)
 from shadowkv_cli.methods.store import Prompt, PromptStore
 from shadowkv_cli.ops.await_rows import Progress
 from shadowkv_cli.ops.fp8 import FP8
@@ -256,30 +263,15 @@ class SparseGroup(Group):
         if self.turn is not None:
             self.turn.mark()
         sizes = [len(lane.rows) for lane in self.lanes]
-        begun = None if self.progress is None else self.progress.begun
+        begun: list[Join] = []
         outputs, joins, first = [], [], 0
-        for lane, own, part in zip(self.lanes, ids.split(sizes), q.split(sizes), strict=True):
-            placed = Join()
-            with beside(lane.fetch_stream, begun) as fetched:
-                if self.progress is not None:
-                    rows = slice(first, first + len(lane.rows))
-                    self.progress.wait(rows, self.shape.num_kv_heads)
-                    first = rows.stop
-                values = lane._place(lane.value_tables[layer], own)
-                if lane.fetch_stream is not None:
-                    placed.mark()
-                lane.load_values(layer, values)
-            with beside(lane.key_stream, begun) as rebuilt:
-                placed.wait()
-                keys = values if lane.one_table else lane._place(lane.key_tables[layer], own)
-                lane.load_keys(layer, keys)
-            with beside(lane.stream, begun) as there:
-                rebuilt.wait()
-                fetched.wait()
-                outputs.append(lane._attend_slots(layer, part, keys.slots, values.slots, scale))
-            # A stream's memory could go to another lane, where two have one stream: torch has 32.
-            lane._placed = keys, values
-            joins.append(there)
+        with joined_after_failure(begun):
+            for lane, own, part in zip(self.lanes, ids.split(sizes), q.split(sizes), strict=True):
+                rows = slice(first, first + len(lane.rows))
+                out, there = self._attend_lane(lane, rows, layer, own, part, scale, begun)
+                outputs.append(out)
+                joins.append(there)
+                first = rows.stop
         for join in joins:
             join.wait()
         for lane, counter in zip(self.lanes, self._counter.split(sizes), strict=True):
@@ -292,6 +284,52 @@ class SparseGroup(Group):
         # while this one's stream still reads it.
         self._outputs = outputs
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _attend_lane(
+        self,
+        lane: SparseGroup,
+        rows: slice,
+        layer: int,
+        ids: Tensor,
+        q: Tensor,
+        scale: float,
+        begun: list[Join],
+    ) -> tuple[Tensor, Join]:
+        """Place, fetch, rebuild and attend a lane's chunks, on its own streams where it has some.
+
+        Args:
+            lane: some rows of this group, or itself.
+            rows: those.
+            layer, q, scale: as in `attend_token`, q of these rows.
+            ids: int32 [R, Hk, N], selected for them.
+            begun: what is issued beside is added here.
+
+        Returns:
+            [R, Hq, D], and its join, behind which all else of the lane is done.
+        """
+        selecting = None if self.progress is None else self.progress.begun
+        placed = Join()
+        with beside(lane.fetch_stream, selecting) as fetched:
+            begun.append(fetched)
+            if self.progress is not None:
+                self.progress.wait(rows, self.shape.num_kv_heads)
+            values = lane._place(lane.value_tables[layer], ids)
+            if lane.fetch_stream is not None:
+                placed.mark()
+            lane.load_values(layer, values)
+        with beside(lane.key_stream, selecting) as rebuilt:
+            begun.append(rebuilt)
+            placed.wait()
+            keys = values if lane.one_table else lane._place(lane.key_tables[layer], ids)
+            lane.load_keys(layer, keys)
+        with beside(lane.stream, selecting) as there:
+            begun.append(there)
+            rebuilt.wait()
+            fetched.wait()
+            out = lane._attend_slots(layer, q, keys.slots, values.slots, scale)
+        # A stream's memory could go to another lane, where two have one stream: torch has 32.
+        lane._placed = keys, values
+        return out, there
 
     def _attend_slots(
         self, layer: int, q: Tensor, key_slots: Tensor, value_slots: Tensor, scale: float
