@@ -178,37 +178,24 @@ def test_a_buffer_in_fp8_is_attended_as_what_it_stands_for(dtype: torch.dtype, s
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("name", "change", "words"),
     [
-        ({"scales": lambda x: x[:, :, :5]}, r"scales must be \[2, 2, 40\]"),
-        ({"buffer_scales": lambda x: x[:, :, :5]}, r"buffer_scales must be \[3, 2, 9\]"),
-        ({"scales": lambda x: None}, "scales and buffer_scales come together"),
-        ({"values": lambda x: x.bfloat16()}, "values must be torch.float8_e4m3fn"),
+        ("fetch_values", {"scales": lambda x: x[:, :, :5]}, r"scales must be \[2, 2, 40\]"),
+        ("fetch_values", {"buffer_scales": lambda x: x[:, :, :5]}, r"scales must be \[3, 2, 9\]"),
+        ("fetch_values", {"scales": lambda x: None}, "scales and buffer_scales come together"),
+        ("fetch_values", {"values": lambda x: x.bfloat16()}, "values must be torch.float8_e4m3fn"),
+        ("sparse_attention", {"value_scales": lambda x: None}, "value_scales come together"),
+        ("sparse_attention", {"value_scales": lambda x: x.bfloat16()}, "scales must be float32"),
+        ("sparse_attention", {"value_buffer": lambda x: x.bfloat16()}, "must be torch.float8_e4m"),
+        ("sparse_attention", {"value_buffer": lambda x: x[:, :, :3]}, r"be \[3, 2, 9, 8, 64\]"),
     ],
 )
-def test_scales_come_with_values_in_fp8(change: dict, words: str) -> None:
-    arguments = cases.fetch_arguments(Sizes(fp8=True, device="cpu"))
-    for name, alter in change.items():
-        arguments[name] = alter(arguments[name])
+def test_what_is_in_fp8_comes_with_its_scales(name: str, change: dict, words: str) -> None:
+    arguments = cases.ARGUMENTS[name](Sizes(fp8=True, device="cpu"))
+    for key, alter in change.items():
+        arguments[key] = alter(arguments[key])
     with pytest.raises(ValueError, match=words):
-        ops.fetch_values(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"value_scales": lambda x: None}, "value_buffer and value_scales come together"),
-        ({"value_scales": lambda x: x.bfloat16()}, "value_scales must be float32"),
-        ({"value_buffer": lambda x: x.bfloat16()}, "value_buffer must be torch.float8_e4m3fn"),
-        ({"value_buffer": lambda x: x[:, :, :3]}, r"value_buffer must be \[3, 2, 9, 8, 64\]"),
-    ],
-)
-def test_a_buffer_in_fp8_comes_with_its_scales(change: dict, words: str) -> None:
-    arguments = cases.sparse_arguments(Sizes(fp8=True, device="cpu"))
-    for name, alter in change.items():
-        arguments[name] = alter(arguments[name])
-    with pytest.raises(ValueError, match=words):
-        ops.sparse_attention(**arguments)
+        getattr(ops, name)(**arguments)
 
 
 @pytest.mark.parametrize("name", ["fetch_values", "select_chunks", "sparse_attention"])

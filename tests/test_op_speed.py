@@ -61,6 +61,13 @@ def test_the_sanitizers_see_every_op() -> None:
     assert len(exercise.RUNS) < 100, "racecheck takes a second for some"
 
 
+def test_every_case_that_a_sanitizer_sees_is_one_that_its_op_takes() -> None:
+    """By the references, which refuse what the kernels refuse of dtypes and shapes."""
+    for sizes, name in exercise.RUNS + exercise.ODD_RUNS:
+        arguments = cases.ARGUMENTS[name](replace(sizes, device="cpu"))
+        getattr(torch.ops.shadowkv, name)(*arguments.values())
+
+
 FAKE = """#!/bin/sh
 while [ "$1" != -m ]; do
 	[ "$1" = --tool ] && tool=$2

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shadowkv_cli.methods import side_stream
-from shadowkv_cli.methods.side_stream import Join, SideStream, joined_after_failure
+from shadowkv_cli.methods.side_stream import Join, SideStream, after_failure, wait_for
 
 
 class Event:
@@ -58,7 +58,7 @@ def test_all_join_where_one_fails(no_gpu: None) -> None:
     stream, begun = SideStream(torch.device("cpu")), [Join()]
 
     def work() -> None:
-        with joined_after_failure(begun):
+        with after_failure(lambda: wait_for(begun)):
             for fails in (False, True):
                 with stream.forked() as join:
                     begun.append(join)
@@ -72,6 +72,6 @@ def test_all_join_where_one_fails(no_gpu: None) -> None:
 
 def test_without_a_failure_nobody_waits(no_gpu: None) -> None:
     stream, begun = SideStream(torch.device("cpu")), []
-    with joined_after_failure(begun), stream.forked() as join:
+    with after_failure(lambda: wait_for(begun)), stream.forked() as join:
         begun.append(join)
     assert [event.waits for event in stream.stream.events] == [0]

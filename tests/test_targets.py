@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -261,3 +263,19 @@ def test_a_committed_figure_comes_from_a_committed_run(run: str) -> None:
         folders = re.findall(r"--output (results/\S+)", row["command"])
         manifests = [json.loads((ROOT / f / "manifest.json").read_text()) for f in folders]
         assert manifests[0]["environment"]["git"]["commit"] == row["commit"], row["name"]
+
+
+@pytest.mark.parametrize("module", ["targets", "levers", "prefill_targets"])
+def test_a_manifest_that_is_cut_off_is_one_line(module: str, tmp_path, monkeypatch, capsys) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(ROOT / "results" / "h100-decode", run)
+    whole = (run / "manifest.json").read_bytes()
+    (run / "manifest.json").write_bytes(whole[:-400])
+    monkeypatch.setattr("sys.argv", [module, str(run)])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"shadowkv_cli.bench.{module}").main()
+    assert stopped.value.code == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "manifest.json is not valid JSON" in told
+    assert (run / "manifest.json").read_bytes() == whole[:-400]

@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 from shadowkv_cli.bench.markdown import markdown_table, replace_section
-from shadowkv_cli.errors import UsageError
+from shadowkv_cli.errors import ShadowKVError, UsageError
 from shadowkv_cli.results import read_run
 from shadowkv_cli.rowlog import Row
 
@@ -113,8 +113,8 @@ def main() -> None:
         table = lever_table(read_run(given.run).throughput)
         if given.readme:
             replace_section(given.readme, SECTION, table)
-    except UsageError as error:
-        parser.error(str(error))
+    except ShadowKVError as error:
+        parser.exit(error.exit_code, f"{parser.prog}: error: {error}\n")
     print(table)
 
 

@@ -24,7 +24,7 @@ from shadowkv_cli.bench.judging import (
     write_and_print,
 )
 from shadowkv_cli.bench.markdown import replace_section
-from shadowkv_cli.errors import UsageError
+from shadowkv_cli.errors import ShadowKVError
 from shadowkv_cli.results import read_run
 from shadowkv_cli.rowlog import Row
 
@@ -174,8 +174,8 @@ def main() -> None:
         rows = compare(*given.run)
         if given.readme:
             replace_section(given.readme, SECTION, target_table(rows))
-    except UsageError as error:
-        parser.error(str(error))
+    except ShadowKVError as error:
+        parser.exit(error.exit_code, f"{parser.prog}: error: {error}\n")
     write_and_print(rows, given.run[0])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -65,10 +65,10 @@ def beside(
 
 
 @contextmanager
-def joined_after_failure(begun: Sequence[Join]) -> Iterator[None]:
-    """Wait for all of these where something fails within: a capture cannot end before they joined.
+def after_failure(join: Callable[[], None]) -> Iterator[None]:
+    """Join where something fails within: a capture cannot end while a stream has not.
 
-    Without a failure whoever issued them waits.
+    Without a failure whoever issued the work waits.
     """
     succeeded = False
     try:
@@ -76,5 +76,10 @@ def joined_after_failure(begun: Sequence[Join]) -> Iterator[None]:
         succeeded = True
     finally:
         if not succeeded:
-            for join in begun:
-                join.wait()
+            join()
+
+
+def wait_for(joins: Iterable[Join]) -> None:
+    """Let the current stream wait for all of these."""
+    for join in joins:
+        join.wait()

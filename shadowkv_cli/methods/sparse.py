@@ -19,8 +19,9 @@ from shadowkv_cli.methods.side_stream import (
     SECOND,
     Join,
     SideStream,
+    after_failure,
     beside,
-    joined_after_failure,
+    wait_for,
 )
 from shadowkv_cli.methods.store import Prompt, PromptStore
 from shadowkv_cli.ops.await_rows import Progress
@@ -265,15 +266,14 @@ class SparseGroup(Group):
         sizes = [len(lane.rows) for lane in self.lanes]
         begun: list[Join] = []
         outputs, joins, first = [], [], 0
-        with joined_after_failure(begun):
+        with after_failure(lambda: wait_for(begun)):
             for lane, own, part in zip(self.lanes, ids.split(sizes), q.split(sizes), strict=True):
                 rows = slice(first, first + len(lane.rows))
                 out, there = self._attend_lane(lane, rows, layer, own, part, scale, begun)
                 outputs.append(out)
                 joins.append(there)
                 first = rows.stop
-        for join in joins:
-            join.wait()
+        wait_for(joins)
         for lane, counter in zip(self.lanes, self._counter.split(sizes), strict=True):
             values = lane._placed[1]
             self._to_count.append((counter, values.ids, values.miss_counts))

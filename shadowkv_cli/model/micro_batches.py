@@ -9,15 +9,15 @@ layer only when the one before it has selected its chunks, and has its fetch bef
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shadowkv_cli.errors import UsageError
-from shadowkv_cli.methods.side_stream import Join
+from shadowkv_cli.methods.side_stream import Join, after_failure
 from shadowkv_cli.model.replacing import Forward
 
 
@@ -61,17 +61,6 @@ class MicroBatches:
             torch.cuda.current_stream(self._device).wait_stream(stream)
         self._whole = None
 
-    @contextmanager
-    def joined_after_failure(self) -> Iterator[None]:
-        """Join where something fails within: a capture cannot end while a stream has not."""
-        succeeded = False
-        try:
-            yield
-            succeeded = True
-        finally:
-            if not succeeded:
-                self.join()
-
     def run(self, part: int, forward: Forward, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run a layer for one part, when the part before it has selected its chunks."""
         here: AbstractContextManager[Any]
@@ -110,7 +99,7 @@ def in_parts(layer: nn.Module, parts: MicroBatches, *, ends: bool) -> Forward:
     def forward(hidden_states: Tensor | list[Tensor], *args: Any, **kwargs: Any) -> Any:
         if not parts.rows:
             return theirs(hidden_states, *args, **kwargs)
-        with parts.joined_after_failure():
+        with after_failure(parts.join):
             apart = hidden_states
             if isinstance(apart, Tensor):
                 apart = parts.fork(apart)

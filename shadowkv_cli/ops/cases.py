@@ -45,18 +45,17 @@ def misses_of(s: Sizes, g: torch.Generator, ids: Tensor, share: float = 0.6) -> 
 
 
 def empty_buffer(s: Sizes) -> Tensor:
-    """NaN [R, Hk, B, c, D]: in fp8 by itself, else a view behind the fixed part of a space."""
-    if s.fp8:
-        slots = (s.rows, s.heads, s.slots, s.chunk_size, s.dim)
-        return torch.full(slots, math.nan, device=s.device).to(FP8)
+    """NaN [R, Hk, B, c, D], a view behind the fixed part of an address space."""
     size = (s.rows, s.heads, sum(s.fixed) + s.slots * s.chunk_size, s.dim)
     space = torch.full(size, math.nan, dtype=s.dtype, device=s.device)
     return space[:, :, sum(s.fixed) :].unflatten(2, (-1, s.chunk_size))
 
 
-def empty_scales(s: Sizes) -> Tensor:
-    """NaN [R, Hk, B], of a buffer in fp8."""
-    return torch.full((s.rows, s.heads, s.slots), math.nan, device=s.device)
+def empty_in_fp8(s: Sizes) -> tuple[Tensor, Tensor]:
+    """NaN of a buffer of values in fp8 [R, Hk, B, c, D], and of its scales [R, Hk, B]."""
+    scales = torch.full((s.rows, s.heads, s.slots), math.nan, device=s.device)
+    chunks = scales[..., None, None].expand(-1, -1, -1, s.chunk_size, s.dim)
+    return chunks.contiguous().to(FP8), scales
 
 
 def landmark_arguments(s: Sizes) -> Arguments:
@@ -131,6 +130,7 @@ def fetch_arguments(s: Sizes, *, pinned: bool = False, share: float = 0.6) -> Ar
     if pinned:
         values = values.cpu().pin_memory()
     ids = selection(s, g, s.chunks)
+    buffer, buffer_scales = empty_in_fp8(s) if s.fp8 else (empty_buffer(s), None)
     return {
         "values": values[:, :, : s.tokens].unflatten(2, (-1, s.chunk_size)),
         "scales": scales,
@@ -138,8 +138,8 @@ def fetch_arguments(s: Sizes, *, pinned: bool = False, share: float = 0.6) -> Ar
         "ids": ids,
         "slots": slots_for(s, g, ids),
         **misses_of(s, g, ids, share),
-        "buffer": empty_buffer(s),
-        "buffer_scales": empty_scales(s) if s.fp8 else None,
+        "buffer": buffer,
+        "buffer_scales": buffer_scales,
     }
 
 

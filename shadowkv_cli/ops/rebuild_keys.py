@@ -68,6 +68,11 @@ def _reference(
 ) -> None:
     chunk_size, columns = buffer.shape[3], coefficients.shape[-1]
     check(
+        coefficients.dtype == buffer.dtype,
+        "rebuild_keys",
+        f"coefficients must be {buffer.dtype}, not {coefficients.dtype}",
+    )
+    check(
         basis.shape[2] == columns,
         "rebuild_keys",
         f"basis has {basis.shape[2]} rows, coefficients {columns} columns",
