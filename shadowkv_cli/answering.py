@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -219,12 +218,10 @@ class Answerer:
 
     def _let_go(self) -> None:
         """Give back all memory beside the model's."""
-        import torch
+        from shadowkv_cli.bench.memory import release_memory
 
         self._session, self._key = None, ()
-        gc.collect()  # a session and its graphs know each other
-        if self.loaded.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory()  # a session and its graphs know each other
 
     def _one_pass(
         self, sample: Sample, ids: list[int], specs: Sequence[MethodSpec], number: int

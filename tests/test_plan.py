@@ -240,4 +240,4 @@ def test_other_lanes_are_cells_of_their_own(tmp_path: Path, tiny_model_folder: P
     assert run([*command, "--lanes", "1"]) == 0
     lines = (tmp_path / "b" / "throughput.jsonl").read_text(encoding="utf-8").splitlines()
     found = [(row["lanes"], row["cell"].endswith("(1 lane)")) for row in map(json.loads, lines)]
-    assert found == [(2, False), (1, True)]
+    assert found == [(4, False), (1, True)]

@@ -13,8 +13,7 @@ from shadowkv_cli.bench import cases, memory, throughput
 from shadowkv_cli.bench.cases import (
     MOST_LANES,
     MOST_LANES_OF_SEVERAL,
-    ROWS_A_LANE,
-    ROWS_A_LANE_OF_SEVERAL,
+    MOST_LANES_OF_TWO_TABLES,
     Room,
     cases_at,
     make_cases,
@@ -69,30 +68,37 @@ def test_micro_batches_are_ways_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "found"),
+    ("buffers", "batch", "found"),
     [
-        (16, [(1, 8), (2, 8), (8, 2)]),
-        (15, [(1, 8), (2, 8), (8, 2)]),
-        (30, [(1, 10), (2, 8), (8, 4)]),  # lanes of 3, of 2
-        (3, [(1, 2), (2, 2), (3, 1)]),
-        (1, [(1, 1)]),
+        ((4, 4), 16, [(1, 16), (2, 8), (8, 2)]),
+        ((4, 4), 31, [(1, 31), (2, 8), (8, 4)]),
+        ((4, 4), 33, [(1, 17), (2, 6), (8, 5)]),  # lanes of 2, of 3
+        ((4, 4), 1, [(1, 1)]),
+        ((4, 2), 16, [(1, 8), (2, 8), (8, 2)]),
+        ((4, 2), 27, [(1, 14), (2, 7), (8, 4)]),
+        ((4, 2), 33, [(1, 11), (2, 6), (8, 5)]),  # lanes of 3
+        ((4, 2), 1, [(1, 1)]),
     ],
 )
-def test_usual_lanes_have_two_rows_or_one_in_several_micro_batches(batch, found) -> None:
-    sizes = dict.fromkeys([*SPECS, FullSpec()], batch)
+def test_usual_lanes_have_one_row_or_two_where_keys_have_their_own_table(
+    buffers, batch, found
+) -> None:
+    values, keys = buffers
+    specs = build_specs([f"shadowkv:value_buffer={values},key_buffer={keys}"], ON_HOST)
+    sizes = dict.fromkeys([*specs, FullSpec()], batch)
     settings = settings_of(micro_batches=(1, 2, 8))
-    ways = cases_at(122_880, str(batch), SPECS[1:2], settings, sizes)
+    ways = cases_at(122_880, str(batch), specs, settings, sizes)
     assert [(case.micro_batches, case.lanes) for case in ways][: len(found)] == found
 
 
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({"hit_rates": (0.59, 0.88)}, [(2, 7), (1, 7)]),
-        ({"hit_rates": (None,)}, [(1, 7)]),
+        ({"hit_rates": (0.59, 0.88)}, [(2, 7), (1, 14)]),
+        ({"hit_rates": (None,)}, [(1, 14)]),
         ({"hit_rates": (0.59,), "lanes": (4,)}, [(1, 4)]),
-        ({"hit_rates": (0.59,), "micro_batches": (1,)}, [(1, 7)]),
-        ({"hit_rates": (0.59,), "graphs": (False,)}, [(1, 7)]),
+        ({"hit_rates": (0.59,), "micro_batches": (1,)}, [(1, 14)]),
+        ({"hit_rates": (0.59,), "graphs": (False,)}, [(1, 14)]),
         ({"hit_rates": (0.59,), "batch_rules": ("1",)}, [(1, 1)]),
     ],
 )
@@ -119,7 +125,7 @@ def test_a_batch_has_no_more_lanes_than_sequences() -> None:
     assert cells(2, lanes=(1, 2, 4, 8)) == ["", *("1 lane", "2 lanes") * 2]
     assert cells(1, lanes=(2, 4)) == ["", "1 lane", "1 lane"]
     found = cases_at(122_880, "3", SPECS, settings_of(), dict.fromkeys([*SPECS, FullSpec()], 3))
-    assert [case.lanes for case in found] == [1, 2, 2], "one sequence, then two"
+    assert [case.lanes for case in found] == [1, 3, 3]
 
 
 @pytest.fixture
@@ -241,8 +247,8 @@ def test_a_dry_run_counts_every_way(tiny_model_folder: Path, tmp_path: Path, cap
 def test_help_says_how_many_lanes_are_usual(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert ROWS_A_LANE_OF_SEVERAL == 1
     assert (
-        f"one for every {ROWS_A_LANE} sequences, at most {MOST_LANES}; of several micro-batches "
-        f"one for each, at most {MOST_LANES_OF_SEVERAL}" in text
+        f"one for each sequence, at most {MOST_LANES}; for every 2, at most "
+        f"{MOST_LANES_OF_TWO_TABLES}, where the buffers differ in size; of several "
+        f"micro-batches one for each, at most {MOST_LANES_OF_SEVERAL}" in text
     )

@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(ATTENTION_WARPS * 32, 3)
   auto fetch = [&](int stage, Place place) {
     T* key_tile = tiles + stage * 2 * TILE * STRIDE;
     T* value_tile = key_tile + TILE * STRIDE;
-    [[maybe_unused]] const unsigned in_fp8 = __ballot_sync(ALL_LANES, is_fp8(place.scale));
+    [[maybe_unused]] unsigned in_fp8 = 0;
+    if constexpr (Source::HAS_FP8) in_fp8 = __ballot_sync(ALL_LANES, is_fp8(place.scale));
 #pragma unroll
     for (int i = lane; i < TILE * D / 8; i += 32) {
       const int token = i / (D / 8), piece = i % (D / 8) * 8;

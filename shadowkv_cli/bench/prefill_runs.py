@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -85,13 +84,6 @@ def _row(seconds: list[float], peak: int, allowed: PrefillBytes, **facts: Any) -
 
 def prompt(loaded: LoadedModel, tokens: int) -> list[int]:
     return random_prompts(1, tokens, loaded.vocab_size)[0]
-
-
-def clear() -> None:
-    """Give back what measurements before held."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def plain_prefill(loaded: LoadedModel, tokens: int, backend: str, repeats: int) -> Row:

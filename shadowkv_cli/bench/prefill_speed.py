@@ -26,8 +26,9 @@ from typing import Any
 
 import torch
 
-from shadowkv_cli.bench import prefill_parts, prefill_runs, prefill_targets, probes
+from shadowkv_cli.bench import prefill_parts, prefill_targets, probes
 from shadowkv_cli.bench.judging import write_and_print
+from shadowkv_cli.bench.memory import release_memory
 from shadowkv_cli.bench.prefill_figures import PARTS, Figure, figures
 from shadowkv_cli.config import parse_token_count, split_list
 from shadowkv_cli.console import format_bytes, notice, print_table
@@ -64,7 +65,7 @@ class Bench:
         name = self.names[long]
         if self._loaded is None or self._loaded.name != name:
             self._loaded = None
-            prefill_runs.clear()
+            release_memory()
             self._loaded = load_model(ModelChoice(name))
         if not self.product_tflops:
             seconds, flops = prefill_parts.large_product(self._loaded, PRODUCTS)
@@ -86,7 +87,7 @@ class Bench:
         if self.done.issuperset(keys):
             return
         loaded = self.model(long=figure.long)
-        prefill_runs.clear()
+        release_memory()
         try:
             found = figure.work(loaded)
         except (ShadowKVError, RuntimeError, MemoryError) as error:

@@ -9,7 +9,7 @@ from shadowkv_cli.cells import build_specs
 from shadowkv_cli.config import ModelShape, ShadowKVSpec
 from shadowkv_cli.errors import UsageError
 
-MOST_ROWS, MOST_LANES, MOST_MICRO_BATCHES = 16, 5, 2
+MOST_ROWS, MOST_LANES, MOST_MICRO_BATCHES = 16, 16, 2
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -11,7 +10,12 @@ import torch
 
 from shadowkv_cli.bench.cases import Case, free_bytes
 from shadowkv_cli.bench.measure import Drifts, measure
-from shadowkv_cli.bench.memory import PeakMemory, allowed_bytes, free_host_bytes
+from shadowkv_cli.bench.memory import (
+    PeakMemory,
+    allowed_bytes,
+    free_host_bytes,
+    release_memory,
+)
 from shadowkv_cli.bench.probes import device_name
 from shadowkv_cli.bench.state import fill_prompts, fill_synthetic, random_prompts
 from shadowkv_cli.config import CacheBytes, MethodSpec, SparseSpec
@@ -106,6 +110,7 @@ class _Bench:
             assert self.prompts is not None, "prompts come with the state 'prompts'"
             prompts = self.prompts(case.context_length, batch)
             self.loaded.check([], max(map(len, prompts)) + settings.new_tokens)
+        release_memory()  # of the session before, if that is not kept
         session = Session(
             self.loaded,
             specs,
@@ -187,7 +192,7 @@ def _measure_size(
     prompts: Callable[[int, int], list[list[int]]] | None,
 ) -> Iterator[Row]:
     """All rounds of the cases of one length and batch; nothing of them is held afterwards."""
-    gc.collect()  # what the cases before held on the device
+    release_memory()  # of the cases before
     bench, peak = _Bench(loaded, settings, cases, prompts), PeakMemory(loaded.device)
     for number in range(settings.rounds):
         # Every round begins with another cell, so that none is always first.

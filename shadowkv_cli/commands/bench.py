@@ -75,8 +75,9 @@ def bench(
         typer.Option(
             metavar="N[,…]",
             help="Parts of a micro-batch whose fetches from the host overlap with each other's "
-            "work inside a layer; commas or repeats. [default: one for every 2 sequences, at most "
-            "12; of several micro-batches one for each, at most 8]",
+            "work inside a layer; commas or repeats. [default: one for each sequence, at most 32; "
+            "for every 2, at most 16, where the buffers differ in size; of several micro-batches "
+            "one for each, at most 8]",
         ),
     ] = None,
     micro_batches: Annotated[
