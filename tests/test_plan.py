@@ -102,7 +102,7 @@ def spec_of(row: dict) -> MethodSpec:
 
 
 @pytest.mark.parametrize(
-    ("run", "cells"), [("h100-decode", 5), ("h100-decode-fp8", 2), ("h100-decode-batch-1", 4)]
+    ("run", "cells"), [("h100-decode", 6), ("h100-decode-fp8", 6), ("h100-decode-245760", 2)]
 )
 def test_steps_are_foretold_as_the_reference_runs_measured_them(run: str, cells: int) -> None:
     measured = cells_of(RESULTS / run)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +41,24 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def small_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "CPU_READ_BYTES", 2**20)
     monkeypatch.setattr(probes, "REPEATS", 1)
+
+
+def test_bandwidths_are_those_of_the_fastest_repeat(
+    small_work: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "_seconds", lambda *_: [0.4, 0.1, 0.2])
+    assert probes._read_gb_s(CPU) == pytest.approx(2**20 / 0.1 / 1e9)
+
+
+def test_repeats_go_on_until_clocks_have_risen(
+    small_work: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(
+        probes, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks)) / 1000)
+    )
+    assert len(probes._seconds(CPU, lambda: None, 0.0295)) == 30 - probes.WARM_UP
+    assert len(probes._seconds(CPU, lambda: None)) == 1, "REPEATS"
 
 
 def test_measure_on_a_cpu(small_work: None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -252,3 +253,20 @@ def test_help_says_how_many_lanes_are_usual(capsys: pytest.CaptureFixture[str]) 
         f"{MOST_LANES_OF_TWO_TABLES}, where the buffers differ in size; of several "
         f"micro-batches one for each, at most {MOST_LANES_OF_SEVERAL}" in text
     )
+
+
+def test_memory_is_given_back_before_a_session_is_built(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    built = throughput.Session
+
+    def build(*args: Any, **options: Any) -> Any:
+        order.append("built")
+        return built(*args, **options)
+
+    monkeypatch.setattr(throughput, "Session", build)
+    monkeypatch.setattr(throughput, "release_memory", lambda: order.append("released"))
+    assert run(command(tiny_model_folder, tmp_path / "b", "--rounds", "1")) == 0
+    assert order.count("built") >= 2, "full attention, and ShadowKV"
+    assert all(before == "released" for before, now in itertools.pairwise(order) if now == "built")

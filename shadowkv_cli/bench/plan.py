@@ -2,7 +2,7 @@
 
 Arithmetic from sizes, probes and a hit rate. A phase takes a fixed time for each launch and the
 time of its bytes at a share of the probe; the constants were fitted to runs on one H100
-(results/h100-decode, h100-decode-fp8 and h100-decode-batch-1), and what overlaps is taken off. On a
+(results/h100-decode, h100-decode-fp8 and h100-decode-245760), and what overlaps is taken off. On a
 CPU nothing is foretold this way.
 """
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from shadowkv_cli.bench.probes import Probe
 
 LAUNCH_US: Mapping[str, float] = {
-    "dense": 17,
-    "select": 30,
+    "dense": 15,
+    "select": 20,
     "residency": 10,
     "fetch": 3,
     "rebuild": 9,
@@ -31,7 +31,7 @@ LAUNCH_US: Mapping[str, float] = {
 SHARE: Mapping[str, float] = {
     "dense": 0.94,
     "select": 0.95,
-    "select in fp8": 0.63,  # half the bytes take as many products, and as much ranking
+    "select in fp8": 0.76,  # half the bytes take as many products, and as much ranking
     "select of several in fp8": 0.5,  # landmarks a chunk
     "fetch": 0.95,
     "rebuild": 0.25,

@@ -32,6 +32,10 @@ WARM_UP, REPEATS = 2, 7
 ENOUGH_S = 0.5
 """Repeats end early after that long."""
 
+STEADY_S = 0.3
+"""A GPU copies and reads for at least that long: it raises its clocks meanwhile, and a neighbour on
+the bus has time to finish."""
+
 SLOW_PRODUCT_S = 0.02
 """Where the small matrix product takes longer, the large one is left out: float16 on most CPUs."""
 
@@ -103,7 +107,7 @@ def default_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
 
 
 def measure(device: torch.device, dtypes: Sequence[torch.dtype]) -> Probe:
-    """Measure a device: one or two seconds; other work on it meanwhile makes the result too low.
+    """Measure a device: a few seconds; other work on it meanwhile makes the result too low.
 
     Raises RuntimeError (torch's own) where its memory is full.
     """
@@ -129,10 +133,17 @@ def _median_s(device: torch.device, work: Callable[[], object]) -> float:
     return statistics.median(_seconds(device, work))
 
 
-def _seconds(device: torch.device, work: Callable[[], object]) -> list[float]:
+def _fastest_s(device: torch.device, work: Callable[[], object]) -> float:
+    """Of bytes that move: what slows a repeat is no property of the device."""
+    return min(_seconds(device, work, STEADY_S if device.type == "cuda" else 0.0))
+
+
+def _seconds(
+    device: torch.device, work: Callable[[], object], at_least_s: float = 0.0
+) -> list[float]:
     """Seconds of each repeat of a piece of work after warm-up, by CUDA events on a GPU."""
     seconds: list[float] = []
-    for _ in range(WARM_UP + REPEATS):
+    while len(seconds) < WARM_UP + REPEATS or sum(seconds) < at_least_s:
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             with torch.cuda.device(device):
@@ -157,7 +168,7 @@ def _read_gb_s(device: torch.device) -> float:
         size = min(GPU_READ_BYTES, free // 2)
     data = torch.ones(size // 4, dtype=torch.float32, device=device)
     # The maximum: on a CPU, a sum is bound by its additions and not by memory.
-    return data.nbytes / _median_s(device, data.amax) / 1e9
+    return data.nbytes / _fastest_s(device, data.amax) / 1e9
 
 
 def _tflops(device: torch.device, dtype: torch.dtype) -> float:
@@ -188,8 +199,8 @@ def _attention_tflops(device: torch.device) -> dict[str, float]:
 def _transfers_gb_s(device: torch.device) -> tuple[float, float]:
     host = torch.ones(TRANSFER_BYTES, dtype=torch.uint8).pin_memory()
     there = torch.empty_like(host, device=device)
-    h2d = _median_s(device, lambda: there.copy_(host, non_blocking=True))
-    d2h = _median_s(device, lambda: host.copy_(there, non_blocking=True))
+    h2d = _fastest_s(device, lambda: there.copy_(host, non_blocking=True))
+    d2h = _fastest_s(device, lambda: host.copy_(there, non_blocking=True))
     return host.nbytes / h2d / 1e9, host.nbytes / d2h / 1e9
 
 
@@ -198,7 +209,7 @@ def _gather_gb_s(device: torch.device) -> tuple[float | None, str]:
         from shadowkv_cli.bench.zero_copy import measure_gather_gb_s
     except ImportError:
         return None, "Triton is not installed, and no compiled kernels are"
-    return measure_gather_gb_s(device)
+    return measure_gather_gb_s(device, _fastest_s)
 
 
 def probes_file() -> Path:

@@ -6,8 +6,8 @@ A Triton kernel stands in until the compiled ones measure themselves.
 
 from __future__ import annotations
 
-import statistics
 import subprocess
+from collections.abc import Callable
 
 import torch
 import triton
@@ -21,7 +21,6 @@ NUM_ROWS = 131_072
 
 ROWS_AT_ONCE = 8
 PROGRAMS = 128
-REPEATS = 5
 
 
 # Triton refuses annotations of types that it does not know.
@@ -57,8 +56,15 @@ def gather_rows(source: Tensor, rows: Tensor, out: Tensor) -> None:
         )
 
 
-def measure_gather_gb_s(device: torch.device) -> tuple[float | None, str]:
-    """Median GB/s of the gather in random order, or None and why it could not be measured."""
+def measure_gather_gb_s(
+    device: torch.device, fastest_s: Callable[[torch.device, Callable[[], object]], float]
+) -> tuple[float | None, str]:
+    """GB/s of the gather in random order, or None and why it could not be measured.
+
+    Args:
+        device: a GPU.
+        fastest_s: seconds of a piece of work there.
+    """
     try:
         source = torch.arange(NUM_ROWS * ROW_WORDS).view(NUM_ROWS, ROW_WORDS).pin_memory()
         rows = torch.randperm(NUM_ROWS).to(device)
@@ -66,18 +72,8 @@ def measure_gather_gb_s(device: torch.device) -> tuple[float | None, str]:
         gather_rows(source, rows, out)
         if not torch.equal(out[:, 0], rows * ROW_WORDS):
             return None, "the gather returned other rows than it was asked for"
-        seconds = [_gather_s(source, rows, out) for _ in range(REPEATS)]
+        seconds = fastest_s(device, lambda: gather_rows(source, rows, out))
     except (RuntimeError, ValueError, OSError, subprocess.SubprocessError) as error:
         # Without a C compiler, Triton can't build its launcher.
         return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return NUM_ROWS * ROW_BYTES / statistics.median(seconds) / 1e9, ""
-
-
-def _gather_s(source: Tensor, rows: Tensor, out: Tensor) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with torch.cuda.device(out.device):
-        start.record()
-        gather_rows(source, rows, out)
-        end.record()
-        end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return NUM_ROWS * ROW_BYTES / seconds / 1e9, ""
