@@ -168,12 +168,12 @@ bench-lengths: kernels ## The same at 61,440 and 245,760 tokens, after bench-gpu
 	@$(SHADOWKV) plot $(GPU_RUN)-lengths
 
 bench-levers: kernels ## What buffers, lanes, micro-batches and the graph give, one at a time: some 6 minutes
-	$(LEVERS) --value-buffer 4,1.5,2 --key-buffer 4,2 --lanes 4,1,8 --micro-batches 1,2 --graph on,off
+	$(LEVERS) --value-buffer 4,1.5,2 --key-buffer 4,2 --lanes 8,1,4 --micro-batches 1,2 --graph on,off
 	$(BIN)/python -m shadowkv_cli.bench.levers $(GPU_RUN)-levers
 
 bench-levers-bytes: kernels ## And what 8 bits and resident layers give, after bench-levers: some 6 minutes
-	$(LEVERS) --value-buffer 4 --key-buffer 4 --lanes 4 --value-dtype model,fp8 --landmark-dtype model,fp8
-	$(LEVERS) --value-buffer 4 --key-buffer 4 --lanes 4 --resident-layers 0,8
+	$(LEVERS) --value-buffer 4 --key-buffer 4 --lanes 8 --value-dtype model,fp8 --landmark-dtype model,fp8
+	$(LEVERS) --value-buffer 4 --key-buffer 4 --lanes 8 --resident-layers 0,8
 	$(BIN)/python -m shadowkv_cli.bench.levers $(GPU_RUN)-levers
 
 bench-prefill: kernels ## Prefills on a GPU by length and backend, beside the targets: some 12 minutes

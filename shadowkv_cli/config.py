@@ -399,13 +399,21 @@ class ShadowKVSpec(SparseSpec):
 
         Buffers of one size have one table.
         """
-        chunks, slots = prompt_tokens // self.chunk_size, set(self.slots(self.keeps(prompt_tokens)))
-        indices = sum(chunks + 2 * count for count in slots)
+        return self.table_bytes_of(set(self.slots(self.keeps(prompt_tokens))), shape, prompt_tokens)
+
+    def table_bytes_of(self, tables: Iterable[int], shape: ModelShape, prompt_tokens: int) -> int:
+        """The same of tables of so many slots."""
+        chunks = prompt_tokens // self.chunk_size
+        indices = sum(chunks + 2 * slots for slots in tables)
         return shape.num_kv_heads * (indices * INDEX_BYTES + chunks)
 
     def buffer_bytes(self, shape: ModelShape, prompt_tokens: int) -> tuple[int, int]:
         """Of the buffers of keys and of values of one layer of one prompt."""
-        keys, values = self.slots(self.keeps(prompt_tokens))
+        return self.buffer_bytes_of(self.slots(self.keeps(prompt_tokens)), shape)
+
+    def buffer_bytes_of(self, slots: tuple[int, int], shape: ModelShape) -> tuple[int, int]:
+        """The same of so many slots of keys and of values."""
+        keys, values = slots
         a_chunk = self.chunk_size * shape.key_width
         in_fp8 = a_chunk + shape.num_kv_heads * SCALE_BYTES
         return (

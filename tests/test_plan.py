@@ -237,7 +237,7 @@ def test_other_lanes_are_cells_of_their_own(tmp_path: Path, tiny_model_folder: P
     command += ["--sparse-budget", "32", "--value-placement", "host", "--batch-size", "4"]
     command += ["--method", "shadowkv", "--output", str(tmp_path / "b")]
     assert run(command) == 0
-    assert run([*command, "--lanes", "1"]) == 0
+    assert run([*command, "--lanes", "2"]) == 0
     lines = (tmp_path / "b" / "throughput.jsonl").read_text(encoding="utf-8").splitlines()
-    found = [(row["lanes"], row["cell"].endswith("(1 lane)")) for row in map(json.loads, lines)]
-    assert found == [(4, False), (1, True)]
+    found = [(row["lanes"], row["cell"].endswith("(2 lanes)")) for row in map(json.loads, lines)]
+    assert found == [(1, False), (2, True)]

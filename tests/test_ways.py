@@ -251,7 +251,7 @@ def test_help_says_how_many_lanes_are_usual(capsys: pytest.CaptureFixture[str]) 
     assert (
         f"one for each sequence, at most {MOST_LANES}; for every 2, at most "
         f"{MOST_LANES_OF_TWO_TABLES}, where the buffers differ in size; of several "
-        f"micro-batches one for each, at most {MOST_LANES_OF_SEVERAL}" in text
+        f"micro-batches one for each, at most {MOST_LANES_OF_SEVERAL}; on a CPU 1" in text
     )
 
 

@@ -238,6 +238,8 @@ class Room:
     def in_usual_parts(self, case: Case, settings: BenchSettings, before: Row | None) -> Case:
         """Decoded in micro-batches where these are foretold to be faster, if none were asked for.
 
+        On a CPU as a whole.
+
         Args:
             case: its resident layers resolved; only a captured step at a driven hit rate is
                 foretold.
@@ -251,8 +253,10 @@ class Room:
         if before is not None:
             parts = before.get("micro_batches", 1)
             return replace(case, micro_batches=parts, lanes=before["lanes"])
+        if self.device.type == "cpu":  # where nothing runs beside anything
+            return replace(case, lanes=1)
         rate, probe = case.hit_rate, self.probe
-        if probe is None or self.device.type == "cpu" or rate is None or not case.graph:
+        if probe is None or rate is None or not case.graph:
             return case
         parts, lanes = _parts(spec, case.batch_size, MICRO_BATCHES, None)
         other = replace(case, micro_batches=parts, lanes=lanes)

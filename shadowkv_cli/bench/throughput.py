@@ -37,7 +37,7 @@ def _needed_bytes(
     """What the sessions of all cells hold at once."""
     shape, tokens, new = loaded.shape, case.prompt_tokens, settings.new_tokens
     if settings.share:
-        held = [shared_cache_bytes(specs, shape, tokens, new)]
+        held = [shared_cache_bytes(specs, shape, tokens, new, merge_cells=False)]
     else:
         held = [spec.cache_bytes(shape, tokens, new) for spec in specs]
     device, host = (sum(getattr(h, name) for h in held) for name in ("device", "host"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from shadowkv_cli.bench import plan
 from shadowkv_cli.config import FullSpec, MethodSpec, ModelShape
-from shadowkv_cli.methods import layout
+from shadowkv_cli.layout import layout
 
 if TYPE_CHECKING:
     from shadowkv_cli.bench.probes import Probe

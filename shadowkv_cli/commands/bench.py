@@ -77,7 +77,7 @@ def bench(
             help="Parts of a micro-batch whose fetches from the host overlap with each other's "
             "work inside a layer; commas or repeats. [default: one for each sequence, at most 32; "
             "for every 2, at most 16, where the buffers differ in size; of several micro-batches "
-            "one for each, at most 8]",
+            "one for each, at most 8; on a CPU 1]",
         ),
     ] = None,
     micro_batches: Annotated[

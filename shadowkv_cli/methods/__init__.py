@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 
-from shadowkv_cli.config import MethodSpec, ShadowKVSpec, SparseSpec
+from shadowkv_cli.config import SparseSpec
+from shadowkv_cli.layout import layout
 from shadowkv_cli.methods.base import Group, Row, as_index
 from shadowkv_cli.methods.store import Prompt, PromptStore, RotaryTables
 
@@ -17,17 +18,6 @@ GROUPS: dict[str, tuple[str, str]] = {
     "streaming": ("streaming", "StreamingGroup"),
 }
 """Module and class of each method, imported when it is first used."""
-
-
-def layout(spec: MethodSpec) -> tuple[object, ...]:
-    """What rows of one group must have in common."""
-    key: tuple[object, ...] = (spec.name,)
-    if isinstance(spec, SparseSpec):
-        key += (spec.chunk_size,)
-    if isinstance(spec, ShadowKVSpec):
-        key += (spec.landmarks_per_chunk, spec.landmark_dtype)
-        key += (spec.value_dtype, spec.value_placement, spec.resident_layers)
-    return key
 
 
 def build_groups(
@@ -69,5 +59,4 @@ __all__ = [
     "Row",
     "as_index",
     "build_groups",
-    "layout",
 ]
