@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "shadowkv_cli"
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "pandas", "scipy", "statsmodels")
 
 BASE = (
-    *("errors", "console", "config", "cells", "shared_bytes", "run_config", "environment"),
+    *("errors", "console", "config", "cells", "layout", "shared_bytes", "run_config"),
+    "environment",
     "processes",
     *("rowlog", "stats", "results", "summary"),
 )

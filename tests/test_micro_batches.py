@@ -242,8 +242,8 @@ def test_bench_measures_both_and_their_cells_say_so(
     found = [(row["cell"].partition(" (")[2], row["micro_batches"], row["lanes"]) for row in rows]
     assert found == [
         ("", 1, 1),
-        ("hits driven to 50%; 1 micro-batch)", 1, 2),
-        ("hits driven to 50%; 2 micro-batches)", 2, 2),
+        ("hits driven to 50%; 1 micro-batch)", 1, 1),
+        ("hits driven to 50%; 2 micro-batches)", 2, 1),
     ]
     assert rows[1]["hit_rate"] == pytest.approx(rows[2]["hit_rate"], abs=0.1)
     assert rows[1]["attended_tokens"] == rows[2]["attended_tokens"]

@@ -116,7 +116,7 @@ def test_micro_batches_are_taken_where_the_planner_finds_them_faster(
     row = {"cell": first.cell, "context_length": 122_880, "batch_rule": first.batch_rule}
     row |= {"spec": first.spec.cell, "batch_size": first.batch_size, "error": None, "lanes": 3}
     again = make_cases(SPECS[2:], settings, room, [row])[0]
-    if settings.lanes or settings.micro_batches:
+    if settings.lanes:
         assert again == first
     else:
         assert (again.micro_batches, again.lanes) == (1, 3), "as the row that it goes on from"

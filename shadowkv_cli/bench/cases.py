@@ -238,7 +238,7 @@ class Room:
     def in_usual_parts(self, case: Case, settings: BenchSettings, before: Row | None) -> Case:
         """Decoded in micro-batches where these are foretold to be faster, if none were asked for.
 
-        On a CPU as a whole.
+        On a CPU each part is one lane.
 
         Args:
             case: its resident layers resolved; only a captured step at a driven hit rate is
@@ -248,13 +248,15 @@ class Room:
         """
         spec = case.spec
         fetches = isinstance(spec, ShadowKVSpec) and spec.value_placement == "host"
-        if not fetches or case.eager or settings.micro_batches or settings.lanes:
+        if not fetches or settings.lanes:
             return case
         if before is not None:
             parts = before.get("micro_batches", 1)
             return replace(case, micro_batches=parts, lanes=before["lanes"])
         if self.device.type == "cpu":  # where nothing runs beside anything
             return replace(case, lanes=1)
+        if settings.micro_batches:
+            return case
         rate, probe = case.hit_rate, self.probe
         if probe is None or rate is None or not case.graph:
             return case
