@@ -146,7 +146,7 @@ bench-ops: setup ## Measure every compiled op on a GPU, SDPA and the torch refer
 bench-layer: kernels ## Time a layer of a captured step on a GPU: half a minute each, for changes of a kernel
 	$(BIN)/python -m shadowkv_cli.bench.layer_speed --batch-size 16 --hit-rate 0.88,0.59 --trace $(GPU_RUN)-layer \
 		--method $(LAYER),value_buffer=4,key_buffer=4
-	$(BIN)/python -m shadowkv_cli.bench.layer_speed --batch-size 24 --lanes 12 --trace $(GPU_RUN)-layer-fp8 \
+	$(BIN)/python -m shadowkv_cli.bench.layer_speed --batch-size 24 --trace $(GPU_RUN)-layer-fp8 \
 		--method $(LAYER),value_buffer=4,key_buffer=2,value_dtype=fp8,landmark_dtype=fp8
 
 bench-gpu: kernels ## Decode throughput on a GPU at 122,880 tokens, beside the targets: some 8 minutes

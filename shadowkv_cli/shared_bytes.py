@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from shadowkv_cli.config import (
     CacheBytes,
+    FullSpec,
     MethodSpec,
     ModelShape,
     ShadowKVSpec,
@@ -33,8 +34,12 @@ def shared_cache_bytes(
         specs: the cells.
         shape: of the model.
         prompt_tokens, new_tokens: of the prompt and of the answer.
-        merge_cells: cells of one layout work as one group, and each has room for the largest.
+        merge_cells: cells of one layout work as one group, and each has room for the largest; those
+            that are dense at this length are answered by full attention.
     """
+    if merge_cells:
+        active = [spec for spec in specs if not spec.is_dense(prompt_tokens)]
+        specs = active if len(active) == len(specs) else [FullSpec(), *active]
     shadow = [spec for spec in specs if isinstance(spec, ShadowKVSpec)]
     width = shape.key_width
     exact = any(spec.keeps_exact for spec in specs)

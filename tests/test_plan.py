@@ -102,7 +102,13 @@ def spec_of(row: dict) -> MethodSpec:
 
 
 @pytest.mark.parametrize(
-    ("run", "cells"), [("h100-decode", 6), ("h100-decode-fp8", 6), ("h100-decode-245760", 2)]
+    ("run", "cells"),
+    [
+        ("h100-decode", 3),
+        ("h100-decode-fp8", 6),
+        ("h100-decode-batch-1", 3),
+        ("h100-decode-245760", 2),
+    ],
 )
 def test_steps_are_foretold_as_the_reference_runs_measured_them(run: str, cells: int) -> None:
     measured = cells_of(RESULTS / run)

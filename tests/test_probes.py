@@ -50,6 +50,13 @@ def test_bandwidths_are_those_of_the_fastest_repeat(
     assert probes._read_gb_s(CPU) == pytest.approx(2**20 / 0.1 / 1e9)
 
 
+def test_a_gpu_moves_bytes_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(probes, "_seconds", lambda *given: asked.append(given[2]) or [2.0, 1.0])
+    found = [probes._fastest_s(torch.device(kind), lambda: None) for kind in ("cuda", "cpu")]
+    assert (found, asked) == ([1.0, 1.0], [probes.STEADY_S, 0.0])
+
+
 def test_repeats_go_on_until_clocks_have_risen(
     small_work: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,7 +101,7 @@ MOST_LANES, MOST_LANES_OF_TWO_TABLES, MOST_LANES_OF_SEVERAL = 32, 16, 8
 """Of a batch, of one whose keys have a table of their own, and of each of several micro-batches."""
 
 
-def _usual_lanes(spec: ShadowKVSpec, batch: int, micro_batches: int) -> int:
+def usual_lanes(spec: ShadowKVSpec, batch: int, micro_batches: int) -> int:
     """Lanes of each micro-batch where no number is asked for: those measured to be fastest.
 
     With a row a lane the bus begins soonest. A lane launches twice as much where its keys have a
@@ -113,7 +113,7 @@ def _usual_lanes(spec: ShadowKVSpec, batch: int, micro_batches: int) -> int:
         most = MOST_LANES_OF_SEVERAL
     elif spec.key_buffer != spec.value_buffer:
         least, most = 2, MOST_LANES_OF_TWO_TABLES
-    return math.ceil(rows / max(least, math.ceil(rows / most)))
+    return max(1, math.ceil(rows / max(least, math.ceil(rows / most))))
 
 
 def _parts(spec: MethodSpec, batch: int, micro_batches: int, lanes: int | None) -> tuple[int, int]:
@@ -121,7 +121,7 @@ def _parts(spec: MethodSpec, batch: int, micro_batches: int, lanes: int | None) 
     micro_batches = max(1, min(micro_batches, batch))
     if lanes is None:
         assert isinstance(spec, ShadowKVSpec), "no other method has lanes"
-        return micro_batches, _usual_lanes(spec, batch, micro_batches)
+        return micro_batches, usual_lanes(spec, batch, micro_batches)
     return micro_batches, min(lanes, math.ceil(batch / micro_batches))
 
 

@@ -62,13 +62,16 @@ def judge(
         measured: by all runs together.
         manifests: theirs.
         alone: by each of them. A figure that is to be at least so much is that of the best run, so
-            that a ratio never has its sides from two. Each is told with commands and commit of the
-            first run that gives it; one that none gives alone has the commands of all, and the
-            first one's commit.
+            that a ratio never has its sides from two; so is what is wanted of one. Each is told
+            with commands and commit of the first run that gives it; one that none gives alone has
+            the commands of all, and the first one's commit.
     """
     rows = []
     for target in targets:
-        figure, wanted = target.measure(measured), target.wanted(measured)
+        figure = target.measure(measured)
+        # What is wanted may be of a ratio, whose sides come from one run as well.
+        limits = [limit for one in alone if (limit := target.wanted(one)) is not None]
+        wanted = max(limits) if limits else target.wanted(measured)
         own = [target.measure(one) for one in alone]
         found = [one for one in own if one is not None]
         if found and not target.is_limit:

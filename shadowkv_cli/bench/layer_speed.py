@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from shadowkv_cli.bench import timeline
+from shadowkv_cli.bench.cases import usual_lanes
 from shadowkv_cli.bench.driven_hits import drive
 from shadowkv_cli.bench.soak import build_model
 from shadowkv_cli.bench.state import fill_synthetic
@@ -82,18 +83,20 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--context-length", default="122880", help="tokens of each prompt")
     parser.add_argument("--layers", type=int, default=5, help="of the model, 2 or more")
     parser.add_argument("--hit-rate", default="0.88", help="that selection is driven to; commas")
-    parser.add_argument("--lanes", default="8", help="one number for each hit rate, or one for all")
+    parser.add_argument(
+        "--lanes", help="a number for each hit rate, or one for all; default: usual"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of which the median counts")
     parser.add_argument("--trace", type=Path, metavar="DIR", help="where traces go, one a rate")
     args = parser.parse_args(given)
     try:
         args.rates = [float(rate) for rate in args.hit_rate.split(",")]
-        args.lanes = [int(count) for count in args.lanes.split(",")]
+        args.lanes = [int(count) for count in args.lanes.split(",")] if args.lanes else []
     except ValueError as error:
         parser.error(f"--hit-rate and --lanes are numbers with commas between them: {error}")
     if len(args.lanes) == 1:
         args.lanes *= len(args.rates)
-    if len(args.lanes) != len(args.rates):
+    if args.lanes and len(args.lanes) != len(args.rates):
         parser.error(f"{len(args.lanes)} numbers of lanes for {len(args.rates)} hit rates")
     least = min(args.batch_size, args.rounds, args.layers - 1, *args.lanes)
     if least < 1 or not all(0 < rate < 1 for rate in args.rates):
@@ -118,7 +121,8 @@ def _measure(args: argparse.Namespace) -> None:
         merge_cells=False,
     )
     first = fill_synthetic(session, tokens)
-    for rate, lanes in zip(args.rates, args.lanes, strict=True):
+    usual = [usual_lanes(spec, args.batch_size, micro_batches=1)] * len(args.rates)
+    for rate, lanes in zip(args.rates, args.lanes or usual, strict=True):
         session.focus(spec, lanes=min(lanes, args.batch_size))
         drive(session, first, rate, WARMUP, STEPS)
         found = [step_ms(session, first) for _ in range(args.rounds)]
