@@ -2,8 +2,8 @@
 
 Arithmetic from sizes, probes and a hit rate. A phase takes a fixed time for each launch and the
 time of its bytes at a share of the probe; the constants were fitted to runs on one H100
-(results/h100-decode, and those at batch 1, in fp8 and at 245,760 tokens), and what overlaps is taken
-off. On a CPU nothing is foretold this way.
+(results/h100-decode, and those at batch 1, in fp8 and at 245,760 tokens), and what overlaps is
+taken off. On a CPU nothing is foretold this way.
 """
 
 from __future__ import annotations
