@@ -202,6 +202,20 @@ def test_a_ratio_has_both_sides_from_one_run_and_limits_are_of_all() -> None:
     assert (dense["measured"], dense["commit"], dense["met"]) == (7.0, "first", False)
 
 
+def test_what_is_wanted_of_a_ratio_is_of_the_best_run_too() -> None:
+    manifests = [
+        {"environment": {"git": {"commit": name}, "gpu": {"name": "H100"}}, "command": [name]}
+        for name in ("first", "second")
+    ]
+    first = [row("full", 100), driven(700, 0.88)]
+    second = [row("full", 100), driven(600, 0.88)]
+    alone = [Run(first, []), Run(second, [])]
+    found = {r["name"]: r for r in judge(TARGETS, Run([*first, *second], []), manifests, alone)}
+    other = found["exact bf16, 88 %, 245,760 tokens"]
+    assert other["target"] == pytest.approx(0.9 * 7), "not of the median of both"
+    assert other["met"] is None
+
+
 def test_the_phases_of_micro_batches_are_no_dense_part() -> None:
     """They run beside the other's fetches, which makes them long."""
     rows = [driven(400, 0.88, phase_ms={"matrix products": 6.0})]
