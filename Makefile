@@ -25,6 +25,7 @@ DECODE := $(SHADOWKV) bench --state synthetic --share --sparse-budget 2048 --ran
 	--outlier-chunks 48 --value-placement host --warmup-steps 40 --decode-steps 24 --rounds 4
 LLAMA := --model shape:llama-3.1-8b --context-length 122880
 EXACT := --method shadowkv:value_buffer=4,key_buffer=4,resident_layers=auto
+PACKED := --method shadowkv:value_buffer=4,key_buffer=4,resident_layers=auto,value_dtype=packed
 BYTES := shadowkv:value_buffer=4,key_buffer=2,value_dtype=fp8
 FP8 := --method $(BYTES) --method $(BYTES),landmark_dtype=fp8 \
 	--method $(BYTES),landmark_dtype=fp8,landmarks_per_chunk=2,sparse_budget=1024
@@ -42,7 +43,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-smollm2 train-demo test test-smollm2 test-gpu sanitize-gpu soak-gpu sanitize-soak-gpu lint format typecheck bench-data \
-	bench-ops bench-layer bench-gpu bench-fp8 bench-lengths bench-levers \
+	bench-ops bench-layer bench-gpu bench-packed bench-fp8 bench-lengths bench-levers \
 	bench-levers-bytes bench-prefill kernels wheel clean
 
 help: ## List these targets
@@ -156,6 +157,11 @@ bench-gpu: kernels ## Decode throughput on a GPU at 122,880 tokens, beside the t
 	$(BIN)/python -m shadowkv_cli.bench.targets $(GPU_RUN)
 	@$(SHADOWKV) plot $(GPU_RUN)
 
+bench-packed: kernels ## The same with packed values, which lose no bit, after bench-gpu: some 5 minutes
+	$(DECODE) $(LLAMA) --batch-size auto $(PACKED) --hit-rate 0.59,0.88 --output $(GPU_RUN)
+	$(BIN)/python -m shadowkv_cli.bench.targets $(GPU_RUN)
+	@$(SHADOWKV) plot $(GPU_RUN)
+
 bench-fp8: kernels ## The same with values and landmarks in 8 bits, after bench-gpu: some 6 minutes
 	$(DECODE) $(LLAMA) --batch-size auto $(FP8) --hit-rate 0.88 --output $(GPU_RUN)
 	$(BIN)/python -m shadowkv_cli.bench.targets $(GPU_RUN)
@@ -173,7 +179,7 @@ bench-levers: kernels ## What buffers, lanes, micro-batches and the graph give, 
 
 bench-levers-bytes: kernels ## And what 8 bits and resident layers give, after bench-levers: some 6 minutes
 	$(LEVERS) --value-buffer 4 --key-buffer 4 --lanes 8 --value-dtype model,fp8 --landmark-dtype model,fp8
-	$(LEVERS) --value-buffer 4 --key-buffer 4 --lanes 8 --resident-layers 0,8
+	$(LEVERS) --value-buffer 4 --key-buffer 4 --lanes 8 --value-dtype model,packed --resident-layers 0,8
 	$(BIN)/python -m shadowkv_cli.bench.levers $(GPU_RUN)-levers
 
 bench-prefill: kernels ## Prefills on a GPU by length and backend, beside the targets: some 12 minutes

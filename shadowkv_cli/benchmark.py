@@ -104,7 +104,7 @@ def bench_identity(
     return {
         "model": model.label,
         "model_fingerprint": loaded.fingerprint,
-        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "dtype": loaded.dtype_name,
         "device": str(loaded.device),
         "state": settings.state,
         "decode_steps": settings.decode_steps,

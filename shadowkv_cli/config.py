@@ -26,10 +26,16 @@ SCALE_BYTES = 4
 """Of the float32 that scales a chunk of values, or a landmark, in fp8."""
 INDEX_BYTES = 4
 """Of the int32 that says where a chunk lies."""
+PACKED_HEADER_BYTES = 16
+"""Of a token of a KV head that is packed: see `ops.packed`."""
+LARGEST_PACKED_DIM = 256
+"""A byte tells a place in a head."""
 
 Placement = Literal["device", "host"]
 StoredDtype = Literal["model", "fp8"]
 """How a tensor is kept: in the dtype that the model runs in, whichever that is, or in 8 bits."""
+ValueDtype = Literal["model", "packed", "fp8"]
+"""`packed` is bfloat16 in some 13 bits, the same to the bit."""
 DenseFallback = Literal["auto", "never"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -161,32 +167,46 @@ class CacheBytes:
     host: int
 
 
+def packed_width(head_dim: int) -> int:
+    """Bytes of a token of a KV head that is packed."""
+    return PACKED_HEADER_BYTES + head_dim * 3 // 2
+
+
+def value_bytes(dtype: ValueDtype, shape: ModelShape) -> int:
+    """Of a token of a KV head, without scales."""
+    if dtype == "packed":
+        return packed_width(shape.head_dim)
+    return shape.head_dim * (1 if dtype == "fp8" else shape.element_bytes)
+
+
 @dataclass(frozen=True)
 class ValueForm:
     """How a prompt's values are kept in a layer.
 
     Attributes:
         placement: beside the model, or in pinned host memory.
-        fp8_chunk_size: tokens of a KV head that share a scale, in fp8; None: the model's dtype.
+        dtype: what they are kept in.
+        chunk_size: tokens of a KV head that share a scale, in fp8; else None.
     """
 
     placement: Placement
-    fp8_chunk_size: int | None = None
+    dtype: ValueDtype = "model"
+    chunk_size: int | None = None
 
     def data_bytes(self, shape: ModelShape, tokens: int) -> int:
         """Of one layer of one prompt, where `placement` says."""
-        return tokens * shape.key_width * (1 if self.fp8_chunk_size else shape.element_bytes)
+        return tokens * shape.num_kv_heads * value_bytes(self.dtype, shape)
 
     def scale_bytes(self, shape: ModelShape, tokens: int) -> int:
         """Of the scales of one layer of one prompt, which always lie beside the model."""
-        chunks = tokens // self.fp8_chunk_size if self.fp8_chunk_size else 0
+        chunks = tokens // self.chunk_size if self.chunk_size else 0
         return chunks * shape.num_kv_heads * SCALE_BYTES
 
 
 def layer_bytes(forms: Collection[ValueForm], shape: ModelShape, tokens: int) -> CacheBytes:
     """Bytes of the values of one layer of one prompt in several forms."""
     # Scales of one chunk size serve values in both places.
-    device = sum({f.fp8_chunk_size: f.scale_bytes(shape, tokens) for f in forms}.values())
+    device = sum({f.chunk_size: f.scale_bytes(shape, tokens) for f in forms}.values())
     device += sum(f.data_bytes(shape, tokens) for f in forms if f.placement == "device")
     return CacheBytes(
         device, sum(f.data_bytes(shape, tokens) for f in forms if f.placement == "host")
@@ -222,8 +242,13 @@ class MethodSpec:
         """Whether a prompt of that length is answered with full attention."""
         return True
 
-    def check_model(self, shape: ModelShape) -> None:
-        """Raise UsageError where a setting is impossible for a model of that shape."""
+    def check_model(self, shape: ModelShape, dtype: str) -> None:
+        """Raise UsageError where a setting is impossible for a model of that shape and dtype.
+
+        Args:
+            shape: of the model.
+            dtype: of its weights and cache, like `bfloat16`.
+        """
 
     def cache_bytes(self, shape: ModelShape, prompt_tokens: int, new_tokens: int) -> CacheBytes:
         """What the method holds for one sequence, alone."""
@@ -314,8 +339,9 @@ class ShadowKVSpec(SparseSpec):
         value_buffer: chunks of values held beside the model, as a multiple of those selected;
             1 keeps what the last step selected (the paper's policy), more is a larger LRU buffer.
         key_buffer: the same for rebuilt keys.
-        value_dtype: of the prompt's values, where they lie and in the buffer; in `fp8` (e4m3, one
-            scale a chunk and KV head) they become the model's dtype again as they are attended.
+        value_dtype: of the prompt's values, where they lie and in the buffer; `packed`, which loses
+            no bit of bfloat16 and takes 13 of 16, and `fp8` (e4m3, one scale a chunk and KV head)
+            become the model's dtype again as they are attended.
         landmark_dtype: of the landmarks; in `fp8` with one scale each.
         resident_layers: layers whose values stay beside the model though the others' are on the
             host; `auto`, which bench resolves for each batch: as many as fit.
@@ -329,7 +355,7 @@ class ShadowKVSpec(SparseSpec):
     value_placement: Placement = "device"
     value_buffer: float = 1.0
     key_buffer: float = 1.0
-    value_dtype: StoredDtype = "model"
+    value_dtype: ValueDtype = "model"
     landmark_dtype: StoredDtype = "model"
     resident_layers: int | Literal["auto"] = 0
 
@@ -360,7 +386,7 @@ class ShadowKVSpec(SparseSpec):
                 f"{self.value_placement}, which keeps all layers there: use host."
             )
 
-    def check_model(self, shape: ModelShape) -> None:
+    def check_model(self, shape: ModelShape, dtype: str) -> None:
         if self.resident_layers != "auto" and self.resident_layers > shape.num_layers:
             raise UsageError(
                 f"resident_layers {self.resident_layers} is above the model's {shape.num_layers} "
@@ -372,6 +398,17 @@ class ShadowKVSpec(SparseSpec):
                 f"rank {self.rank} is above the model's key width {width} ({shape.num_kv_heads} KV "
                 f"heads of {shape.head_dim}): use --rank {width} or less."
             )
+        if self.value_dtype == "packed":
+            if dtype != "bfloat16":
+                raise UsageError(
+                    f"value_dtype packed holds bfloat16, and the model is in {dtype}: use --dtype "
+                    "bfloat16 or --value-dtype model."
+                )
+            if shape.head_dim % 8 or shape.head_dim > LARGEST_PACKED_DIM:
+                raise UsageError(
+                    f"value_dtype packed needs a head dimension that is a multiple of 8 up to "
+                    f"{LARGEST_PACKED_DIM}, not {shape.head_dim}: use --value-dtype model."
+                )
 
     def cache_bytes(self, shape: ModelShape, prompt_tokens: int, new_tokens: int) -> CacheBytes:
         if self.is_dense(prompt_tokens):
@@ -415,10 +452,11 @@ class ShadowKVSpec(SparseSpec):
         """The same of so many slots of keys and of values."""
         keys, values = slots
         a_chunk = self.chunk_size * shape.key_width
-        in_fp8 = a_chunk + shape.num_kv_heads * SCALE_BYTES
+        of_token = shape.num_kv_heads * value_bytes(self.value_dtype, shape)
+        scales = shape.num_kv_heads * SCALE_BYTES if self.value_dtype == "fp8" else 0
         return (
             keys * a_chunk * shape.element_bytes,
-            values * (in_fp8 if self.value_dtype == "fp8" else a_chunk * shape.element_bytes),
+            values * (self.chunk_size * of_token + scales),
         )
 
     def value_forms(self, num_layers: int) -> list[ValueForm]:
@@ -430,7 +468,7 @@ class ShadowKVSpec(SparseSpec):
         before = [layer * resident // num_layers for layer in range(num_layers + 1)]
         size = self.chunk_size if self.value_dtype == "fp8" else None
         return [
-            ValueForm("device" if after > count else self.value_placement, size)
+            ValueForm("device" if after > count else self.value_placement, self.value_dtype, size)
             for count, after in itertools.pairwise(before)
         ]
 

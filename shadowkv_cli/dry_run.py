@@ -77,7 +77,7 @@ def _model(
     dtype = resolve_dtype(choice.dtype, device)
     facts = model_facts(choice, dtype)
     for spec in specs:
-        spec.check_model(facts.shape)
+        spec.check_model(facts.shape, facts.dtype)
     if tokens > facts.max_positions:
         raise UsageError(
             f"The context of {tokens} tokens does not fit {choice.name}, which has "

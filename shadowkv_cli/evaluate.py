@@ -201,7 +201,7 @@ def run_identity(config: EvalConfig, loaded: LoadedModel, dataset: Dataset) -> d
         "model": config.model.label,
         "model_fingerprint": loaded.fingerprint,
         "revision": config.model.revision,
-        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "dtype": loaded.dtype_name,
         "data": dataset.manifest["suite"],
         "data_fingerprint": dataset.fingerprint(),
         "allow_tokenizer_mismatch": config.allow_tokenizer_mismatch,

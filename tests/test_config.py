@@ -358,9 +358,9 @@ def test_a_setting_given_twice() -> None:
 
 def test_rank_above_the_key_width() -> None:
     shape = ModelShape(2, 4, 2, 16, 4)
-    ShadowKVSpec(rank=32).check_model(shape)
+    ShadowKVSpec(rank=32).check_model(shape, "float32")
     with pytest.raises(UsageError, match=r"rank 33 .* 32 "):
-        ShadowKVSpec(rank=33).check_model(shape)
+        ShadowKVSpec(rank=33).check_model(shape, "float32")
 
 
 def test_a_trailing_comma_names_no_method() -> None:

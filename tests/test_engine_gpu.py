@@ -105,17 +105,21 @@ LAYOUTS = list(
 )
 
 
-@pytest.mark.parametrize("kept_in", ["model", "fp8"])
+@pytest.mark.parametrize("kept_in", ["model", "packed", "fp8"])
 def test_where_chunks_lie_and_who_works_on_them_changes_no_bit(kept_in: str) -> None:
+    """And packed values give what plain ones give."""
     loaded = on_gpu("llama")
     tokens = torch.tensor(prompt_of(40, seed=2), device="cuda")
-    expected = None
-    for placement, (value_buffer, key_buffer), lanes, captures in LAYOUTS:
+    expected, runs = None, [(kept_in, layout) for layout in LAYOUTS]
+    if kept_in == "packed":
+        runs.insert(0, ("model", LAYOUTS[0]))
+    for value_dtype, layout in runs:
+        placement, (value_buffer, key_buffer), lanes, captures = layout
         settings = SMALL | {
             "value_placement": "device" if placement == "device" else "host",
             "resident_layers": "1" if placement == "1 layer" else "0",
-            "value_dtype": kept_in,
-            "landmark_dtype": kept_in,
+            "value_dtype": value_dtype,
+            "landmark_dtype": "fp8" if value_dtype == "fp8" else "model",
             "value_buffer": str(value_buffer),
             "key_buffer": str(key_buffer),
         }
@@ -129,7 +133,7 @@ def test_where_chunks_lie_and_who_works_on_them_changes_no_bit(kept_in: str) -> 
         with session.attached():
             for token in tokens:
                 logits = session.next_tokens(token.expand(5)).logits
-        case = (placement, value_buffer, key_buffer, lanes, captures)
+        case = (value_dtype, layout)
         assert session.is_captured is captures, case
         expected = logits.clone() if expected is None else expected
         assert torch.equal(logits, expected), case

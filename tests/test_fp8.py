@@ -184,10 +184,10 @@ def test_a_buffer_in_fp8_is_attended_as_what_it_stands_for(dtype: torch.dtype, s
         ("fetch_values", {"buffer_scales": lambda x: x[:, :, :5]}, r"scales must be \[3, 2, 9\]"),
         ("fetch_values", {"scales": lambda x: None}, "scales and buffer_scales come together"),
         ("fetch_values", {"values": lambda x: x.bfloat16()}, "values must be torch.float8_e4m3fn"),
-        ("sparse_attention", {"value_scales": lambda x: None}, "value_scales come together"),
+        ("sparse_attention", {"value_scales": lambda x: None}, "value_scales belong to"),
         ("sparse_attention", {"value_scales": lambda x: x.bfloat16()}, "scales must be float32"),
         ("sparse_attention", {"value_buffer": lambda x: x.bfloat16()}, "must be torch.float8_e4m"),
-        ("sparse_attention", {"value_buffer": lambda x: x[:, :, :3]}, r"be \[3, 2, 9, 8, 64\]"),
+        ("sparse_attention", {"value_buffer": lambda x: x[:, :, :3]}, r"float32 \[3, 2, 3\]"),
     ],
 )
 def test_what_is_in_fp8_comes_with_its_scales(name: str, change: dict, words: str) -> None:
@@ -254,7 +254,7 @@ def test_the_store_keeps_every_form_that_is_wanted(tokens: int, dtype: torch.dty
             assert torch.equal(chunks[1].flatten(1, 2)[:, :tokens], v[layer])
         for placement, size in (("device", 8), ("host", 8), ("device", 16)):
             count = tokens // size
-            form = ValueForm(placement, size)
+            form = ValueForm(placement, "fp8", size)
             chunks, scales = store.value_store.chunked(layer, size, form)
             assert chunks.dtype == FP8
             assert chunks.shape[2] == scales.shape[2] == store.prompt_tokens // size
@@ -363,7 +363,7 @@ def test_decoding_from_fp8_values_is_decoding_from_what_they_stand_for(dtype: to
     exact = logits_of(plain)
     plain.reset()
     for layer in range(2):
-        chunks, scales = rounded.store.value_store.chunked(layer, 8, ValueForm("device", 8))
+        chunks, scales = rounded.store.value_store.chunked(layer, 8, ValueForm("device", "fp8", 8))
         held = plain.store.values[layer][:, :, : rounded.store.prompt_tokens]
         held.copy_(dequantise(chunks, scales).flatten(2, 3))
     found = logits_of(rounded)
@@ -440,7 +440,10 @@ def test_eval_of_the_demo_model_scores_as_without_fp8(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--value-dtype", "bf16"], "value_dtype of shadowkv must be model or fp8, not 'bf16'"),
+        (
+            ["--value-dtype", "bf16"],
+            "value_dtype of shadowkv must be model or packed or fp8, not 'bf16'",
+        ),
         (["--landmark-dtype", "int8"], "landmark_dtype of shadowkv must be model or fp8"),
         (["--method", "full,oracle", "--value-dtype", "fp8"], "--value-dtype has no effect"),
     ],

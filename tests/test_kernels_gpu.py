@@ -20,11 +20,18 @@ from shadowkv_cli import ops
 from shadowkv_cli.ops import cases, compiled, layer_cases
 from shadowkv_cli.ops.await_rows import Progress
 from shadowkv_cli.ops.fp8 import dequantise
+from shadowkv_cli.ops.packed import MOST_STRAYS, NAN_BYTE, pack, unpack
 from shadowkv_cli.ops.sizes import Sizes, random_sizes
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+KEPT_IN: dict[str, dict[str, Any]] = {
+    "model": {},
+    "fp8": {"fp8": True},
+    "packed": {"packed": True, "dtype": BF16},
+}
+"""What makes sizes of each."""
 
 GRID = [
     Sizes(device=DEVICE),
@@ -328,25 +335,25 @@ def test_update_residency(sizes: Sizes) -> None:
 
 @pytest.mark.parametrize("sizes", [*SIZES, MANY_MISSES, MANY_PLANES, *IN_PIECES], ids=case_name)
 @pytest.mark.parametrize("pinned", [False, True])
-@pytest.mark.parametrize("fp8", [False, True])
-def test_fetch_values(sizes: Sizes, pinned: bool, fp8: bool) -> None:
+@pytest.mark.parametrize("kept_in", KEPT_IN)
+def test_fetch_values(sizes: Sizes, pinned: bool, kept_in: str) -> None:
     """Equal to the bit, and so are the scales of what is in fp8."""
-    sizes = replace(sizes, fp8=fp8)
+    sizes = replace(sizes, **KEPT_IN[kept_in])
     arguments = cases.fetch_arguments(sizes, pinned=pinned and DEVICE == "cuda")
     theirs = copied(arguments)
     kernel("fetch_values", arguments)
     reference("fetch_values", theirs)
-    for name in ("buffer", "buffer_scales") if fp8 else ("buffer",):
+    for name in ("buffer", "buffer_scales") if sizes.fp8 else ("buffer",):
         assert same_bits(arguments[name], theirs[name]), (name, sizes)
 
 
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("kept_in", KEPT_IN)
 @pytest.mark.parametrize("chunk_size", [8, 32])  # one piece of a chunk, and several
-def test_fetches_that_take_turns_move_what_each_moves_alone(fp8: bool, chunk_size: int) -> None:
+def test_fetches_that_take_turns_move_what_each_moves_alone(kept_in: str, chunk_size: int) -> None:
     turns = torch.zeros(2, dtype=torch.int32, device=DEVICE)
     sizes = Sizes(
         rows=6, heads=8, dim=128, chunk_size=chunk_size, chunks=200, wanted=60, slots=70,
-        fp8=fp8, device=DEVICE, poison=False,
+        device=DEVICE, poison=False, **KEPT_IN[kept_in],
     )  # fmt: skip
     beside = [cases.fetch_arguments(replace(sizes, seed=i), pinned=True) for i in range(8)]
     theirs = [copied(arguments) for arguments in beside]
@@ -359,7 +366,7 @@ def test_fetches_that_take_turns_move_what_each_moves_alone(fp8: bool, chunk_siz
     torch.cuda.synchronize()
     for arguments, expected in zip(beside, theirs, strict=True):
         reference("fetch_values", expected)
-        for name in ("buffer", "buffer_scales") if fp8 else ("buffer",):
+        for name in ("buffer", "buffer_scales") if sizes.fp8 else ("buffer",):
             assert same_bits(arguments[name], expected[name]), name
     taken, passed = turns.tolist()
     assert taken == passed
@@ -402,6 +409,79 @@ def test_attention_widens_every_byte(dtype: torch.dtype, dim: int) -> None:
     expected = dequantise(held[:, 0], of_slot[0, 0]).to(dtype).flip(0)[:, None].expand(-1, 2, -1)
     rounding = 0.0 if dtype != FP32 else torch.finfo(FP32).eps
     assert torch.allclose(found, expected, rtol=rounding, atol=0)
+
+
+def unpacked(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same with the values of a packed buffer behind the fixed part."""
+    slots = unpack(arguments["value_buffer"]).flatten(2, 3)
+    return arguments | {
+        "values": torch.cat((arguments["values"], slots), 2),
+        "value_buffer": None,
+    }
+
+
+@every_size
+def test_packed_values_are_attended_as_what_they_stand_for(sizes: Sizes) -> None:
+    """To the bit, so that all other tests of attention hold for them."""
+    arguments = cases.sparse_arguments(replace(sizes, packed=True, dtype=BF16))
+    found = kernel("sparse_attention", arguments)
+    for a, b in zip(found, kernel("sparse_attention", unpacked(arguments)), strict=True):
+        assert same_bits(a, b), sizes
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("chunk_size", [1, 8])
+def test_attention_unpacks_every_element(dim: int, chunk_size: int) -> None:
+    """Every exponent and code, zeros and subnormal numbers, and as many strays as fit."""
+    g = torch.Generator(DEVICE).manual_seed(dim)
+    given = {"generator": g, "device": DEVICE}
+    count = 600 * chunk_size
+    top = torch.randint(1, 254, (count, 1), **given)
+    exponents = (top - torch.randint(0, 15, (count, dim), **given)).clamp_min(0)
+    strays = torch.randint(0, MOST_STRAYS + 1, (count,), **given)
+    order = torch.rand(count, dim, **given).argsort(1)
+    low = torch.randint(0, 254, (count, dim), **given) % top.clamp_min(1)
+    exponents = torch.where(order < strays[:, None], low, exponents)
+    exponents[order == dim - 2] = 0
+    exponents.scatter_(1, order.argmax(1, keepdim=True), top)
+    bits = exponents << 7 | torch.randint(0, 128, (count, dim), **given)
+    bits |= torch.randint(0, 2, (count, dim), **given) << 15
+    values = bits.to(torch.int16).view(BF16)
+    packed = pack(values)
+    assert int(packed[:, 1].max()) == MOST_STRAYS
+    slots = torch.randperm(600, **given).to(torch.int32).view(600, 1, 1)
+    buffer = packed.view(1, 1, 600, chunk_size, -1).expand(600, -1, -1, -1, -1).contiguous()
+    keys = torch.randn(600, 1, count, dim, **given).to(BF16)
+    arguments = {
+        "query": torch.randn(600, 2, dim, **given).to(BF16),
+        "keys": keys,
+        "values": keys[:, :, :0],
+        "key_slots": slots,
+        "value_slots": slots,
+        "lengths": torch.zeros(600, 1, dtype=torch.int32, device=DEVICE),
+        "capacities": [0],
+        "chunk_size": chunk_size,
+        "scale": 1.0,
+        "value_buffer": buffer,
+        "value_scales": None,
+    }
+    found, _ = kernel("sparse_attention", arguments)
+    expected, _ = kernel("sparse_attention", unpacked(arguments))
+    assert same_bits(found, expected)
+    if chunk_size == 1:
+        own = values[slots.flatten().long()]
+        normal = own.abs() >= torch.finfo(BF16).tiny
+        assert torch.equal(found[:, 0][normal], own[normal]), "one token alone is its own average"
+
+
+@pytest.mark.parametrize("dtype", [FP16, FP32], ids=str)
+def test_packed_values_go_with_bfloat16_alone(dtype: torch.dtype) -> None:
+    arguments = cases.sparse_arguments(Sizes(packed=True, device=DEVICE))
+    for name in ("query", "keys", "values"):
+        arguments[name] = arguments[name].to(dtype)
+    with pytest.raises(RuntimeError, match="bfloat16"):
+        torch.ops.shadowkv.sparse_attention(*arguments.values())
+    torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float64], ids=str)
@@ -564,29 +644,32 @@ def test_append_tokens_passes_over_what_lies_outside() -> None:
         assert same_bits(arguments[name], theirs[name]), name
 
 
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("kept_in", KEPT_IN)
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-def test_neither_slots_nor_other_rows_change_a_bit(dtype: torch.dtype, fp8: bool) -> None:
-    sizes = Sizes(rows=4, wanted=40, slots=60, dim=128, dtype=dtype, fp8=fp8, device=DEVICE)
+def test_neither_slots_nor_other_rows_change_a_bit(dtype: torch.dtype, kept_in: str) -> None:
+    sizes = Sizes(rows=4, wanted=40, slots=60, dim=128, dtype=dtype, device=DEVICE)
+    sizes = replace(sizes, **KEPT_IN[kept_in])
     arguments = cases.sparse_arguments(sizes)
     expected = kernel("sparse_attention", arguments)
     moved, fixed = dict(arguments), sum(sizes.fixed)
 
     def in_larger(buffer: Tensor, order: Tensor) -> Tensor:
-        larger = torch.full_like(buffer.float(), math.nan).to(buffer.dtype)
-        larger = torch.cat((larger, larger), 2)
+        is_packed = buffer.dtype == torch.uint8
+        nothing = torch.full_like(buffer.float(), NAN_BYTE if is_packed else math.nan)
+        larger = torch.cat((nothing, nothing), 2).to(buffer.dtype)
         larger.view(torch.uint8)[:, :, order + 3] = buffer.contiguous().view(torch.uint8)
         return larger
 
     for name, slots in (("keys", "key_slots"), ("values", "value_slots")):
         space, old = arguments[name], arguments[slots]
         order = torch.randperm(sizes.slots, device=DEVICE)
-        if name == "values" and fp8:
+        if name == "values" and kept_in != "model":
             moved["value_buffer"] = in_larger(arguments["value_buffer"], order)
+        if name == "values" and sizes.fp8:
             scales = torch.full_like(arguments["value_scales"], math.nan).repeat(1, 1, 2)
             scales[:, :, order + 3] = arguments["value_scales"]
             moved["value_scales"] = scales
-        else:
+        if name == "keys" or kept_in == "model":
             buffer = space[:, :, fixed:].unflatten(2, (-1, sizes.chunk_size))
             larger = in_larger(buffer, order)
             moved[name] = torch.cat((space[:, :, :fixed], larger.flatten(2, 3)), 2)
@@ -607,16 +690,17 @@ def outputs(name: str, arguments: dict[str, Any]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("name", "fp8"),
+    ("name", "kept_in"),
     [
-        *((name, False) for name in cases.ARGUMENTS),
-        *((name, True) for name in ("fetch_values", "select_chunks", "sparse_attention")),
+        *((name, "model") for name in cases.ARGUMENTS),
+        *((name, "fp8") for name in ("fetch_values", "select_chunks", "sparse_attention")),
+        *((name, "packed") for name in ("fetch_values", "sparse_attention")),
     ],
 )
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-def test_a_graph_serves_other_inputs(name: str, fp8: bool, dtype: torch.dtype) -> None:
+def test_a_graph_serves_other_inputs(name: str, kept_in: str, dtype: torch.dtype) -> None:
     """Captured once, replayed with other tensors in the same places."""
-    sizes = Sizes(rows=5, dtype=dtype, fp8=fp8, device=DEVICE)
+    sizes = replace(Sizes(rows=5, dtype=dtype, device=DEVICE), **KEPT_IN[kept_in])
     make = cases.ARGUMENTS[name]
     static, second = make(sizes), make(replace(sizes, seed=7))
     outputs(name, copied(static))
@@ -758,7 +842,13 @@ def test_values_that_are_not_pinned_are_refused_by_the_kernel_alone() -> None:
             {name: lambda x: torch.ones(1, device=DEVICE) for name in ("scales", "buffer_scales")},
             "scales must be",
         ),
-        ("sparse_attention", {"value_buffer": lambda x: torch.ones(1)}, "come together"),
+        ("sparse_attention", {"value_buffer": lambda x: torch.ones(1)}, "value_buffer must be"),
+        ("sparse_attention", {"value_scales": lambda x: torch.ones(1)}, "value_scales belong to"),
+        (
+            "sparse_attention",
+            {"value_buffer": lambda x: torch.ones(3, 2, 9, 8, 64, device=DEVICE).byte()},
+            r"value_buffer must be \[3, 2, \*, 8, 112\]",
+        ),
         (
             "sparse_attention",
             {name: lambda x: torch.ones(1) for name in ("value_buffer", "value_scales")},

@@ -13,6 +13,7 @@ import torch
 from shadowkv_cli import ops
 from shadowkv_cli.bench import op_speed
 from shadowkv_cli.bench.timeline import phase_of
+from shadowkv_cli.config import packed_width
 from shadowkv_cli.ops import cases, exercise
 from shadowkv_cli.ops.fp8 import FP8
 from shadowkv_cli.ops.sizes import Sizes
@@ -30,15 +31,17 @@ class Values:
     """Of the class that pins, without a GPU to pin for."""
 
     def chunks(self, s: Sizes) -> torch.Tensor:
-        size = (s.prompts, s.heads, s.chunks, s.chunk_size, s.dim)
-        return torch.zeros(size).to(FP8 if s.fp8 else s.dtype)
+        width = packed_width(s.dim) if s.packed else s.dim
+        size = (s.prompts, s.heads, s.chunks, s.chunk_size, width)
+        return torch.zeros(size).to(torch.uint8 if s.packed else FP8 if s.fp8 else s.dtype)
 
 
 @pytest.mark.parametrize("op", MEASURED)
 def test_every_op_has_bytes_and_arguments(op: str) -> None:
-    assert op_speed.moved_bytes(op, SMALL) > 0
-    assert op_speed.input_bytes(op, SMALL) > 0
-    arguments = op_speed.make(op, SMALL, Values())
+    sizes = replace(SMALL, dtype=torch.bfloat16) if op.endswith("packed)") else SMALL
+    assert op_speed.moved_bytes(op, sizes) > 0
+    assert op_speed.input_bytes(op, sizes) > 0
+    arguments = op_speed.make(op, sizes, Values())
     if op != op_speed.SDPA_FLASH:
         getattr(ops, op.partition(" ")[0])(*arguments.values())
 

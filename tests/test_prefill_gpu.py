@@ -51,7 +51,7 @@ def state_of(session: Session, tokens: int) -> Iterator[tuple[str, Tensor]]:
     for layer in range(session.loaded.shape.num_layers):
         yield "keys", store.keys[layer][:, :, :tokens]
         for form, by_layer in store.value_store.held.items():
-            whole = tokens // (form.fp8_chunk_size or 1) * (form.fp8_chunk_size or 1)
+            whole = tokens // (form.chunk_size or 1) * (form.chunk_size or 1)
             yield f"values {form}", by_layer[layer][:, :, :whole].view(torch.uint8)
         for form, landmarks in store.landmarks.items():
             yield f"landmarks {form}", landmarks[layer][:, :, : tokens // form[0]].view(torch.uint8)

@@ -52,7 +52,7 @@ def test_resident_layers_are_spread_evenly(layers: int, data: st.DataObject) -> 
 
 def test_half_of_the_layers_alternate() -> None:
     forms = spec_of(2, value_dtype="fp8").value_forms(4)
-    host, device = ValueForm("host", 8), ValueForm("device", 8)
+    host, device = ValueForm("host", "fp8", 8), ValueForm("device", "fp8", 8)
     assert forms == [host, device, host, device]
 
 
@@ -73,7 +73,7 @@ def test_bytes_are_where_the_layers_are(resident: int, kept_in: str) -> None:
     held = store_of([spec], 5).value_store.held
     size = 8 if kept_in == "fp8" else None
     on = {
-        place: held.get(ValueForm(place, size), {})  # type: ignore[arg-type]
+        place: held.get(ValueForm(place, kept_in, size), {})  # type: ignore[arg-type]
         for place in ("device", "host")
     }
     assert sorted([*on["device"], *on["host"]]) == list(range(5)), "each layer once"

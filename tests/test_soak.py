@@ -35,7 +35,7 @@ def test_a_case_is_one_line_that_says_all(seed: int, longest: int) -> None:
     case = draw_case(random.Random(seed), SHAPE, longest)
     assert SoakCase.parse(case.text) == case
     assert "\n" not in case.text
-    case.spec.check_model(SHAPE)
+    case.spec.check_model(SHAPE, "bfloat16")
     lengths = case.lengths()
     assert len(lengths) == case.batch <= MOST_ROWS
     assert max(lengths) == lengths[0] == case.tokens <= longest

@@ -3,6 +3,7 @@
 
 #include "attention_params.cuh"
 #include "common/fp8.cuh"
+#include "common/packed.cuh"
 
 namespace shadowkv {
 
@@ -13,22 +14,76 @@ __device__ inline void widen_values(T* tile, float scale) {
   constexpr int STRIDE = D + 8, WORDS = D / 32;
   const int token = threadIdx.x % TILE, half = threadIdx.x % 32 / TILE;
   scale = __shfl_sync(ALL_LANES, scale, token);
-  if (!__any_sync(ALL_LANES, is_fp8(scale))) return;
+  if (!__any_sync(ALL_LANES, is_apart(scale))) return;
   T* row = tile + token * STRIDE;
   const auto* from = reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(row) + D) +
                      half * WORDS;
   uint4 held[WORDS];
-  if (is_fp8(scale)) {
+  if (is_apart(scale)) {
 #pragma unroll
     for (int w = 0; w < WORDS; ++w) held[w] = from[w];
   }
   __syncwarp();  // The upper half is read before it is written.
-  if (is_fp8(scale)) {
+  if (is_apart(scale)) {
     auto* to = reinterpret_cast<uint4*>(row + half * (D / 2));
 #pragma unroll
     for (int w = 0; w < WORDS; ++w) {
       to[2 * w] = widened<T>(held[w].x, held[w].y, scale);
       to[2 * w + 1] = widened<T>(held[w].z, held[w].w, scale);
+    }
+  }
+  __syncwarp();
+}
+
+/// Where a packed token's piece of 16 bytes waits in its row: the header behind the row's elements,
+/// signs and mantissas in its second half, codes in its second quarter.
+template <int D>
+__device__ inline int packed_place(int piece) {
+  const int end = PACKED_HEADER_BYTES * (piece - 1);
+  return piece == 0 ? 2 * D : piece <= D / 16 ? D + end : end - D / 2;
+}
+
+/// Packed values of a tile, which came as `packed_place` says, become bfloat16 there: a warp.
+/// `scale` is that of the token of this lane, of the first 16: whether it is apart.
+template <int D>
+__device__ inline void unpack_values(__nv_bfloat16* tile, float scale) {
+  constexpr int STRIDE = D + 8, WORDS = D / 32;
+  const int token = threadIdx.x % TILE, half = threadIdx.x % 32 / TILE;
+  const bool is_packed = is_apart(__shfl_sync(ALL_LANES, scale, token));
+  if (!__any_sync(ALL_LANES, is_packed)) return;
+  char* row = reinterpret_cast<char*>(tile + token * STRIDE);
+  const auto* header = reinterpret_cast<const uint8_t*>(row + packed_place<D>(0));
+  uint4 signs[WORDS];
+  uint2 codes[WORDS];
+  uint32_t base = 0;
+  int strays = 0;
+  if (is_packed) {
+    base = header[0];
+    strays = min(static_cast<int>(header[1]), MOST_STRAYS);
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) {
+      signs[w] = reinterpret_cast<const uint4*>(row + D)[half * WORDS + w];
+      codes[w] = reinterpret_cast<const uint2*>(row + D / 2)[half * WORDS + w];
+    }
+  }
+  __syncwarp();  // All is read before any of it is written.
+  if (is_packed) {
+    auto* to = reinterpret_cast<uint4*>(row + half * D);
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) {
+      to[2 * w] = unpack_eight(signs[w].x, signs[w].y, codes[w].x, base);
+      to[2 * w + 1] = unpack_eight(signs[w].z, signs[w].w, codes[w].y, base);
+    }
+  }
+  __syncwarp();
+  if (!__any_sync(ALL_LANES, strays > 0)) return;
+  if (half == 0) {
+    auto* elements = reinterpret_cast<uint16_t*>(row);
+    for (int s = 0; s < strays; ++s) {
+      const int place = header[2 + 2 * s], exponent = header[3 + 2 * s];
+      if (place < D) {
+        elements[place] = static_cast<uint16_t>((elements[place] & 0x807f) | exponent << 7);
+      }
     }
   }
   __syncwarp();
@@ -40,6 +95,7 @@ __global__ void __launch_bounds__(ATTENTION_WARPS * 32, 3)
     attend_tiles(const __grid_constant__ AttentionParams<Source> p) {
   constexpr int STRIDE = D + 8;  // rows 16 bytes apart in their banks
   constexpr int WARP_BYTES = ATTENTION_WARP_BYTES<T, D>;
+  constexpr Form FORM = Source::APART;
   extern __shared__ __align__(16) char shared[];
   __shared__ float2 totals[ATTENTION_WARPS][MAX_GROUP];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -71,8 +127,8 @@ __global__ void __launch_bounds__(ATTENTION_WARPS * 32, 3)
   auto fetch = [&](int stage, Place place) {
     T* key_tile = tiles + stage * 2 * TILE * STRIDE;
     T* value_tile = key_tile + TILE * STRIDE;
-    [[maybe_unused]] unsigned in_fp8 = 0;
-    if constexpr (Source::HAS_FP8) in_fp8 = __ballot_sync(ALL_LANES, is_fp8(place.scale));
+    [[maybe_unused]] unsigned apart = 0;
+    if constexpr (FORM != Form::SAME) apart = __ballot_sync(ALL_LANES, is_apart(place.scale));
 #pragma unroll
     for (int i = lane; i < TILE * D / 8; i += 32) {
       const int token = i / (D / 8), piece = i % (D / 8) * 8;
@@ -81,10 +137,21 @@ __global__ void __launch_bounds__(ATTENTION_WARPS * 32, 3)
       T* to = value_tile + token * STRIDE + piece;
       copy_async(key_tile + token * STRIDE + piece, keys + max(key, 0) * p.key_token + piece,
                  key < 0 ? 0 : 16);
-      if constexpr (Source::HAS_FP8) {
-        if (in_fp8 >> token & 1) {
-          const uint8_t* from = row.fp8_values + static_cast<int64_t>(value) * D + piece * 2;
+      if constexpr (FORM == Form::FP8) {
+        if (apart >> token & 1) {
+          const uint8_t* from = row.apart + static_cast<int64_t>(value) * D + piece * 2;
           if (piece * 2 < D) copy_async(to + D / 2, from, 16);
+          continue;
+        }
+      }
+      if constexpr (FORM == Form::PACKED) {
+        if (apart >> token & 1) {
+          const int own = piece / 8;
+          const uint8_t* from = row.apart + static_cast<int64_t>(value) * PACKED_WIDTH<D>;
+          char* bytes = reinterpret_cast<char*>(value_tile + token * STRIDE);
+          if (own < PACKED_WIDTH<D> / 16) {
+            copy_async(bytes + packed_place<D>(own), from + own * 16, 16);
+          }
           continue;
         }
       }
@@ -112,10 +179,9 @@ __global__ void __launch_bounds__(ATTENTION_WARPS * 32, 3)
 
     const T* key_tile = tiles + stage * 2 * TILE * STRIDE;
     T* value_tile = tiles + (stage * 2 + 1) * TILE * STRIDE;
-    if constexpr (Source::HAS_FP8) {
-      widen_values<T, D>(value_tile, scale);
-      scale = next_scale;
-    }
+    if constexpr (FORM == Form::FP8) widen_values<T, D>(value_tile, scale);
+    if constexpr (FORM == Form::PACKED) unpack_values<D>(value_tile, scale);
+    scale = next_scale;
     float logits[2][4] = {};
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {

@@ -38,10 +38,10 @@ __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
 #pragma unroll
     for (int i = 0; i < OWN; ++i) {
       key[i] = keys[place.key * p.key_token + i * 32 + lane];
-      if constexpr (Source::HAS_FP8) {
-        if (is_fp8(place.scale)) {
+      if constexpr (Source::APART == Form::FP8) {
+        if (is_apart(place.scale)) {
           const int64_t at = static_cast<int64_t>(place.value) * D + i * 32 + lane;
-          value[i] = to_float(Fp8{row.fp8_values[at]}) * place.scale;
+          value[i] = to_float(Fp8{row.apart[at]}) * place.scale;
           continue;
         }
       }

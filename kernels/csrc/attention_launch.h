@@ -55,7 +55,9 @@ Tensor attend(const char* op, const Device& device, const Tensor& query, int64_t
       device.allow_shared(kernel, bytes);
       kernel<<<grid, ATTENTION_WARPS * 32, bytes, device.stream()>>>(p);
     };
-    if constexpr (std::is_same_v<T, float>) {
+    if constexpr (Source::APART == Form::PACKED && !std::is_same_v<T, __nv_bfloat16>) {
+      SHADOWKV_CHECK(false, op, "value_buffer is packed, which goes with bfloat16 alone");
+    } else if constexpr (std::is_same_v<T, float>) {
       launch(attend_tokens<D, Source>);
     } else {
       launch(attend_tiles<T, D, Source>);

@@ -4,7 +4,8 @@
 // the group share each key and value. A Source says which tokens a row attends:
 //   plane(row)      the prompt of keys and values
 //   row(row, head)  with count, and at(i): the places of the i-th key and value, -1 for none
-//   HAS_FP8         whether values may lie elsewhere in 8 bits, from the row's fp8_values on.
+//   APART           what values may be that lie elsewhere, from the row's `apart` on: in 8 bits or
+//                   packed; SAME: there are none.
 // Logits are in base 2 (the scale holds log2 e), so that 2^x is the weight.
 #pragma once
 
@@ -12,12 +13,14 @@
 
 namespace shadowkv {
 
+enum class Form { SAME, FP8, PACKED };
+
 struct Place {
   int key, value;
-  float scale = -1;  // of a value in 8 bits; negative: it has the dtype of the keys
+  float scale = -1;  // of a value in 8 bits, 0 of a packed one; negative: it is not apart
 };
 
-__device__ inline bool is_fp8(float scale) { return !(scale < 0); }
+__device__ inline bool is_apart(float scale) { return !(scale < 0); }
 
 template <typename Source>
 struct AttentionParams {

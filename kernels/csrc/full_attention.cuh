@@ -6,7 +6,7 @@
 namespace shadowkv {
 
 struct FullSource {
-  static constexpr bool HAS_FP8 = false;
+  static constexpr Form APART = Form::SAME;
   struct Row {
     int count;
     __device__ Place at(int i) const { return {i, i}; }

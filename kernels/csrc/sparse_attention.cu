@@ -13,20 +13,45 @@ constexpr int TOKENS_A_SPLIT = 256;
 constexpr int MOST_SPARSE_SPLITS = 64;
 static_assert(MOST_SPARSE_SPLITS <= MOST_SPLITS);
 
-/// Values of chunks in 8 bits, with a scale for each slot.
-struct Fp8Buffer {
-  Tensor values, scales;
+/// Values of chunks that lie apart; those in 8 bits have a scale for each slot.
+struct Buffer {
+  std::optional<Tensor> values, scales;
 };
 
-template <bool FP8>
+/// Check a buffer of that form, and let the source read it.
+template <Form FORM>
+void set_buffer(const char* op, SparseSource<FORM>& source, const Buffer& buffer,
+                const Tensor& query, const Tensor& keys, int64_t chunk_size) {
+  const Tensor& held = *buffer.values;
+  constexpr bool IN_FP8 = FORM == Form::FP8;
+  const int64_t dim = keys.size(3), width = IN_FP8 ? dim : PACKED_HEADER_BYTES + dim * 3 / 2;
+  check_sizes(held, op, "value_buffer", {keys.size(0), keys.size(1), -1, chunk_size, width});
+  check_device(held, op, "value_buffer", query);
+  SHADOWKV_CHECK(held.is_contiguous(), op, "value_buffer must be contiguous");
+  SHADOWKV_CHECK(reinterpret_cast<int64_t>(held.data_ptr()) % 16 == 0, op,
+                 "value_buffer must lie at a multiple of 16 bytes");
+  source.apart = static_cast<const uint8_t*>(held.data_ptr());
+  source.slots = static_cast<int>(held.size(2));
+  source.buffer_bytes = held.size(2) * chunk_size * width;
+  if constexpr (IN_FP8) {
+    const Tensor& scales = *buffer.scales;
+    check_sizes(scales, op, "value_scales", {keys.size(0), keys.size(1), held.size(2)});
+    check_device(scales, op, "value_scales", query);
+    SHADOWKV_CHECK(scales.scalar_type() == ScalarType::Float && scales.is_contiguous(), op,
+                   "value_scales must be float32 and contiguous");
+    source.scales = static_cast<const float*>(scales.data_ptr());
+  }
+}
+
+template <Form FORM>
 std::tuple<Tensor, Tensor> attend_chunks(const char* op, const Device& device, Tensor query,
                                          Tensor keys, Tensor values, Tensor key_slots,
                                          Tensor value_slots, Tensor lengths,
                                          const std::vector<int64_t>& capacities,
                                          int64_t chunk_size, double scale,
-                                         const Fp8Buffer* buffer) {
+                                         const Buffer& buffer) {
   query = dense_query(query);
-  auto p = attention_params<SparseSource<FP8>>(op, query, keys, values, scale);
+  auto p = attention_params<SparseSource<FORM>>(op, query, keys, values, scale);
   const int64_t rows = query.size(0), heads = keys.size(1);
   const int64_t sections = static_cast<int64_t>(capacities.size());
   SHADOWKV_CHECK(keys.size(0) == rows, op, "keys must have ", rows, " rows, got ", text(keys));
@@ -50,22 +75,8 @@ std::tuple<Tensor, Tensor> attend_chunks(const char* op, const Device& device, T
   }
   SHADOWKV_CHECK(keys.size(2) >= source.fixed && values.size(2) >= source.fixed, op,
                  "keys and values must hold the ", source.fixed, " tokens of the fixed part");
-  if constexpr (FP8) {
-    const Tensor &held = buffer->values, &scales = buffer->scales;
-    check_sizes(held, op, "value_buffer", {rows, heads, -1, chunk_size, keys.size(3)});
-    check_device(held, op, "value_buffer", query);
-    SHADOWKV_CHECK(held.scalar_type() == ScalarType::Float8_e4m3fn && held.is_contiguous(), op,
-                   "value_buffer must be float8_e4m3fn and contiguous");
-    check_sizes(scales, op, "value_scales", {rows, heads, held.size(2)});
-    check_device(scales, op, "value_scales", query);
-    SHADOWKV_CHECK(scales.scalar_type() == ScalarType::Float && scales.is_contiguous(), op,
-                   "value_scales must be float32 and contiguous");
-    SHADOWKV_CHECK(reinterpret_cast<int64_t>(held.data_ptr()) % 16 == 0, op,
-                   "value_buffer must lie at a multiple of 16 bytes");
-    source.fp8_values = static_cast<const uint8_t*>(held.data_ptr());
-    source.scales = static_cast<const float*>(scales.data_ptr());
-    source.slots = static_cast<int>(held.size(2));
-    source.buffer_bytes = held.size(2) * chunk_size * keys.size(3);
+  if constexpr (FORM != Form::SAME) {
+    set_buffer(op, source, buffer, query, keys, chunk_size);
   }
   // By sizes alone: where chunks lie, and with whom a row shares the batch, changes no bit.
   const int64_t tokens = source.fixed + key_slots.size(2) * chunk_size;
@@ -86,15 +97,19 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor query, Tensor keys, Tensor va
   constexpr const char* op = "sparse_attention";
   check_sizes(query, op, "query", {-1, -1, -1});
   const Device device(query, op, "query");
-  SHADOWKV_CHECK(value_buffer.has_value() == value_scales.has_value(), op,
-                 "value_buffer and value_scales come together, or neither does");
-  if (value_buffer) {
-    const Fp8Buffer buffer{*value_buffer, *value_scales};
-    return attend_chunks<true>(op, device, query, keys, values, key_slots, value_slots, lengths,
-                               capacities, chunk_size, scale, &buffer);
-  }
-  return attend_chunks<false>(op, device, query, keys, values, key_slots, value_slots, lengths,
-                              capacities, chunk_size, scale, nullptr);
+  const bool in_fp8 = value_buffer && value_buffer->scalar_type() == ScalarType::Float8_e4m3fn;
+  SHADOWKV_CHECK(!value_buffer || in_fp8 || value_buffer->scalar_type() == ScalarType::Byte, op,
+                 "value_buffer must be float8_e4m3fn, or uint8 beside keys in bfloat16");
+  SHADOWKV_CHECK(in_fp8 == value_scales.has_value(), op,
+                 "value_scales belong to a value_buffer in fp8");
+  auto attend_as = [&](auto form) {
+    return attend_chunks<decltype(form)::value>(op, device, query, keys, values, key_slots,
+                                                value_slots, lengths, capacities, chunk_size, scale,
+                                                {value_buffer, value_scales});
+  };
+  if (in_fp8) return attend_as(std::integral_constant<Form, Form::FP8>{});
+  if (value_buffer) return attend_as(std::integral_constant<Form, Form::PACKED>{});
+  return attend_as(std::integral_constant<Form, Form::SAME>{});
 }
 
 }  // namespace shadowkv

@@ -8,10 +8,11 @@ namespace shadowkv {
 
 constexpr int MAX_SECTIONS = 4;
 
-/// FP8: values of chunks lie in a buffer of their own, with a scale for each slot.
-template <bool FP8>
+/// Other than SAME, values of chunks lie in a buffer of their own; those in 8 bits have a scale for
+/// each slot.
+template <Form FORM>
 struct SparseSource {
-  static constexpr bool HAS_FP8 = FP8;
+  static constexpr Form APART = FORM;
   struct Row {
     int count;
     int used[MAX_SECTIONS];      // tokens in use of each section
@@ -19,7 +20,7 @@ struct SparseSource {
     int fixed, chunk_size;
     const int* key_slots;
     const int* value_slots;
-    const uint8_t* fp8_values;
+    const uint8_t* apart;
     const float* scales;
 
     __device__ Place at(int i) const {
@@ -33,18 +34,19 @@ struct SparseSource {
       const int chunk = i / chunk_size, token = i - chunk * chunk_size;
       const int key = key_slots[chunk], value = value_slots[chunk];
       if (key < 0 || value < 0) return {-1, -1};
-      if constexpr (FP8) {
-        return {fixed + key * chunk_size + token, value * chunk_size + token, scales[value]};
-      }
-      return {fixed + key * chunk_size + token, fixed + value * chunk_size + token};
+      const int key_token = fixed + key * chunk_size + token;
+      const int value_token = value * chunk_size + token;
+      if constexpr (FORM == Form::FP8) return {key_token, value_token, scales[value]};
+      if constexpr (FORM == Form::PACKED) return {key_token, value_token, 0.f};
+      return {key_token, fixed + value_token};
     }
   };
   const int* key_slots;    // [R, Hk, N]
   const int* value_slots;  // [R, Hk, N]
   const int* lengths;      // [R, sections]
-  const uint8_t* fp8_values;  // [R, Hk, buffer_tokens, D], or null
-  const float* scales;        // [R, Hk, slots]
-  int64_t buffer_bytes;       // of a row and head
+  const uint8_t* apart;  // [R, Hk, slots, chunk_size], tokens of D or PACKED_WIDTH<D> bytes; or null
+  const float* scales;   // [R, Hk, slots]
+  int64_t buffer_bytes;  // of a row and head
   int slots;
   int capacity[MAX_SECTIONS];
   int sections, heads, chosen, fixed, chunk_size;
@@ -54,10 +56,10 @@ struct SparseSource {
     const int64_t first = (static_cast<int64_t>(r) * heads + head) * chosen;
     Row out{chosen * chunk_size, {}, {}, fixed, chunk_size, key_slots + first,
             value_slots + first, nullptr, nullptr};
-    if constexpr (FP8) {
+    if constexpr (FORM != Form::SAME) {
       const int64_t plane = static_cast<int64_t>(r) * heads + head;
-      out.fp8_values = fp8_values + plane * buffer_bytes;
-      out.scales = scales + plane * slots;
+      out.apart = apart + plane * buffer_bytes;
+      if constexpr (FORM == Form::FP8) out.scales = scales + plane * slots;
     }
 #pragma unroll
     for (int s = 0; s < MAX_SECTIONS; ++s) {

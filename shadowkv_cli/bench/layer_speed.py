@@ -111,7 +111,7 @@ def _measure(args: argparse.Namespace) -> None:
         raise UsageError(f"--method {args.method}: one cell of shadowkv is timed at a time.")
     tokens = parse_token_count(args.context_length)
     loaded = build_model("large", torch.device("cuda"), args.layers)
-    spec.check_model(loaded.shape)
+    spec.check_model(loaded.shape, loaded.dtype_name)
     session = Session(
         loaded,
         [spec],

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shadowkv_cli.bench import probes
-from shadowkv_cli.config import parse_token_count, split_list
+from shadowkv_cli.config import packed_width, parse_token_count, split_list
 from shadowkv_cli.console import notice, print_json, print_table
 from shadowkv_cli.environment import PACKAGE_DIR, git_state
 from shadowkv_cli.methods.pinned import HostMemory
@@ -43,11 +43,15 @@ MISSES = 0.4
 """Share of the selected chunks that are fetched and rebuilt."""
 
 FROM_HOST, FROM_HOST_FP8 = "fetch_values (host)", "fetch_values (host, fp8)"
+FROM_HOST_PACKED, SPARSE_PACKED = "fetch_values (host, packed)", "sparse_attention (packed)"
 WAITING = {"await_rows"}
 """What moves nothing."""
 SELECT_FP8, SPARSE_FP8 = "select_chunks (fp8)", "sparse_attention (fp8)"
 SDPA_FLASH = "full_attention (SDPA flash)"
-VARIANTS = (FROM_HOST, FROM_HOST_FP8, SELECT_FP8, SPARSE_FP8, SDPA_FLASH)
+VARIANTS = (
+    *(FROM_HOST, FROM_HOST_FP8, FROM_HOST_PACKED),
+    *(SELECT_FP8, SPARSE_FP8, SPARSE_PACKED, SDPA_FLASH),
+)
 """Ops whose inputs lie elsewhere or in another dtype, and what stands beside one of ours."""
 
 COLUMN_OPS = {
@@ -90,6 +94,7 @@ def moved_bytes(op: str, s: Sizes) -> float:
     token, at_once = s.dim * element, tokens_of(op, s)
     chosen = s.wanted * s.chunk_size
     missed = planes * chosen * MISSES
+    attended = planes * (2 * sum(s.fixed) + chosen) * token  # all but the values of chunks
     rotated = 2 * at_once * (s.heads * (s.group + 1) * token + s.pairs * element)
     return {
         "append_tokens": 4 * planes * token,
@@ -100,9 +105,11 @@ def moved_bytes(op: str, s: Sizes) -> float:
         "fetch_values": 2 * missed * token,
         FROM_HOST: missed * token,
         FROM_HOST_FP8: missed * s.dim,
+        FROM_HOST_PACKED: missed * packed_width(s.dim),
         "rebuild_keys": missed * (s.rank * element + token) + planes * s.rank * token,
-        "sparse_attention": 2 * planes * (sum(s.fixed) + chosen) * token,
-        SPARSE_FP8: planes * ((2 * sum(s.fixed) + chosen) * token + chosen * s.dim + 4 * s.wanted),
+        "sparse_attention": attended + planes * chosen * token,
+        SPARSE_FP8: attended + planes * (chosen * s.dim + 4 * s.wanted),
+        SPARSE_PACKED: attended + planes * chosen * packed_width(s.dim),
         "full_attention": 2 * planes * s.tokens * token,
         "gated_silu": 3 * at_once * s.inner * element,
         "rms_norm": (2 * at_once + 1) * s.hidden * element,
@@ -122,6 +129,7 @@ def input_bytes(op: str, s: Sizes) -> float:
         "fetch_values": planes * s.tokens * token + buffers,
         FROM_HOST: buffers,
         FROM_HOST_FP8: buffers,
+        FROM_HOST_PACKED: buffers,
         "rebuild_keys": s.rows * s.tokens * s.rank * 2 + buffers,
         "sparse_attention": 2 * buffers,
         "full_attention": 2 * planes * s.tokens * token,
@@ -137,16 +145,18 @@ class HostValues:
         self.bytes = self.memory.take((math.prod(values) * largest.dtype.itemsize,), torch.uint8)
 
     def chunks(self, s: Sizes) -> Tensor:
-        """[P, Hk, C, c, D] of the dtype that values of these sizes are kept in."""
-        dtype, size = FP8 if s.fp8 else s.dtype, (s.prompts, s.heads, s.chunks, s.chunk_size, s.dim)
+        """[P, Hk, C, c, D] of the dtype that values of these sizes are kept in, or packed."""
+        dtype = torch.uint8 if s.packed else FP8 if s.fp8 else s.dtype
+        width = packed_width(s.dim) if s.packed else s.dim
+        size = (s.prompts, s.heads, s.chunks, s.chunk_size, width)
         return self.bytes[: math.prod(size) * dtype.itemsize].view(dtype).view(size)
 
 
 def make(op: str, s: Sizes, held: HostValues) -> Arguments:
-    s = replace(s, fp8=op.endswith("fp8)"))
+    s = replace(s, fp8=op.endswith("fp8)"), packed=op.endswith("packed)"))
     if op == "fetch_values":
         return cases.fetch_arguments(s, share=MISSES)
-    if op in (FROM_HOST, FROM_HOST_FP8):
+    if op in (FROM_HOST, FROM_HOST_FP8, FROM_HOST_PACKED):
         # The values that are drawn for one prompt are not used.
         given = cases.fetch_arguments(replace(s, prompts=1), share=MISSES)
         scales = given["scales"]

@@ -31,6 +31,7 @@ from shadowkv_cli.methods.sparse import SparseGroup
 from shadowkv_cli.model.fused import join_projections
 from shadowkv_cli.model.loading import LoadedModel, describe, has_kernels
 from shadowkv_cli.model.session import Session
+from shadowkv_cli.ops.packed import NAN_BYTE
 
 Size = Literal["large", "small"]
 """Layers as wide as Llama 3.1 8B's, or some that a sanitizer and a CPU get through."""
@@ -76,7 +77,7 @@ class _Decoder:
 
     def __init__(self, loaded: LoadedModel, case: SoakCase, steps: int) -> None:
         self.case, self.steps = case, steps
-        case.spec.check_model(loaded.shape)
+        case.spec.check_model(loaded.shape, loaded.dtype_name)
         lengths = case.lengths()
         self.session = Session(
             loaded,
@@ -132,8 +133,10 @@ class _Decoder:
         """Leave nothing in the buffers that was right before and would be right now."""
         for space in (*self.group.keys, *self.group.values):
             self.group.buffer(space).fill_(float("nan"))
-        for buffer, scales in zip(self.group.value_buffers, self.group.value_scales, strict=True):
-            buffer.view(torch.uint8).fill_(FP8_NAN)
+        poison = FP8_NAN if self.group.value_scales else NAN_BYTE
+        for buffer in self.group.value_buffers:
+            buffer.view(torch.uint8).fill_(poison)
+        for scales in self.group.value_scales:
             scales.fill_(float("nan"))
 
 

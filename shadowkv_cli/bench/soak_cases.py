@@ -97,6 +97,7 @@ def draw_case(draws: random.Random, shape: ModelShape, longest: int) -> SoakCase
     value_buffer = draws.choice((1, 1.5, 2, 4))
     key_buffer = value_buffer if one_table else draws.choice((1, 2, 3))
     placement = draws.choice(("host", "host", "host", "device"))
+    packed = "packed" if shape.element_bytes == 2 else "model"  # what it packs is bfloat16
     settings = {
         "sparse_budget": budget,
         "chunk_size": chunk_size,
@@ -106,7 +107,7 @@ def draw_case(draws: random.Random, shape: ModelShape, longest: int) -> SoakCase
         "value_placement": placement,
         "value_buffer": value_buffer,
         "key_buffer": key_buffer,
-        "value_dtype": draws.choice(("model", "model", "fp8")),
+        "value_dtype": draws.choice(("model", packed, "fp8")),
         "landmark_dtype": draws.choice(("model", "model", "fp8")),
         "resident_layers": draws.choice((0, 0, 1)) if placement == "host" else 0,
     }

@@ -159,7 +159,7 @@ def describe_case(case: Case, settings: BenchSettings, loaded: LoadedModel) -> R
         "host_bytes": held.host * batch,
         "device": str(loaded.device),
         "hardware": device_name(loaded.device),
-        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "dtype": loaded.dtype_name,
     }
 
 
@@ -250,7 +250,7 @@ def check_comparable(rows: Sequence[Row], settings: BenchSettings, loaded: Loade
         "decode_steps": settings.decode_steps,
         "warmup_steps": settings.warmup_steps,
         "hardware": device_name(loaded.device),
-        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "dtype": loaded.dtype_name,
     }
     for row in rows:
         differs = [f"{k} {row.get(k)} there, {v} now" for k, v in now.items() if row.get(k) != v]

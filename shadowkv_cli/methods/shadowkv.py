@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shadowkv_cli import ops
-from shadowkv_cli.config import Kept, ShadowKVSpec, SparseSpec
+from shadowkv_cli.config import Kept, ShadowKVSpec, SparseSpec, ValueDtype
 from shadowkv_cli.methods.base import Row
 from shadowkv_cli.methods.side_stream import SideStream
 from shadowkv_cli.methods.sparse import Placed, SparseGroup
@@ -48,10 +48,10 @@ class ShadowKVGroup(SparseGroup):
         self.excluded = [excluded[index] for excluded in self.excluded]
 
     @property
-    def has_fp8_values(self) -> bool:
+    def value_dtype(self) -> ValueDtype:
         first = self.specs[0]
         assert isinstance(first, ShadowKVSpec)
-        return first.value_dtype == "fp8"
+        return first.value_dtype
 
     def slots(self, spec: SparseSpec, kept: Kept) -> tuple[int, int]:
         assert isinstance(spec, ShadowKVSpec)
@@ -85,13 +85,12 @@ class ShadowKVGroup(SparseGroup):
         )
 
     def load_values(self, layer: int, placed: Placed) -> None:
-        in_fp8 = bool(self.value_buffers)
         ops.fetch_values(
             *self.store.value_store.chunked(layer, self.chunk_size, self.value_forms[layer]),
             self.prompt_index,
             *placed,
-            self.value_buffers[layer] if in_fp8 else self.buffer(self.values[layer]),
-            self.value_scales[layer] if in_fp8 else None,
+            self.value_buffers[layer] if self.value_buffers else self.buffer(self.values[layer]),
+            self.value_scales[layer] if self.value_scales else None,
             self.fetch_turns,
         )
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shadowkv_cli import ops
-from shadowkv_cli.config import Kept, SparseSpec, buffer_slots
+from shadowkv_cli.config import Kept, SparseSpec, ValueDtype, buffer_slots, packed_width
 from shadowkv_cli.methods.base import Group, Row
 from shadowkv_cli.methods.side_stream import (
     FIRST,
@@ -101,13 +101,16 @@ class SparseGroup(Group):
 
         tokens = [self.fixed + slots * self.chunk_size for slots in (key_slots, value_slots)]
         self.value_buffers: list[Tensor] = []
-        """Of values in fp8, [R, Hk, B, c, D]; else the buffer lies behind the fixed part."""
+        """Of values in fp8 [R, Hk, B, c, D], of packed ones [R, Hk, B, c, W]; none: the buffer lies
+        behind the fixed part."""
         self.value_scales: list[Tensor] = []
-        """Of what lies in those: float32 [R, Hk, B]."""
-        if self.has_fp8_values:
+        """Of what lies there in fp8: float32 [R, Hk, B]."""
+        if self.value_dtype != "model":
             tokens[1] = self.fixed
-            self.value_buffers = zeros(value_slots, self.chunk_size, dim, dtype=FP8)
-            self.value_scales = zeros(value_slots, dtype=torch.float32)
+            in_fp8 = self.value_dtype == "fp8"
+            width, dtype = (dim, FP8) if in_fp8 else (packed_width(dim), torch.uint8)
+            self.value_buffers = zeros(value_slots, self.chunk_size, width, dtype=dtype)
+            self.value_scales = zeros(value_slots, dtype=torch.float32) if in_fp8 else []
         self.keys, self.values = (zeros(places, dim) for places in tokens)
         self.key_tables = [Residency.empty(count, heads, key_slots, chunks, device) for _ in layers]
         self.value_tables = (
@@ -185,9 +188,9 @@ class SparseGroup(Group):
         return spec.keeps(prompt_tokens)
 
     @property
-    def has_fp8_values(self) -> bool:
-        """Whether the buffer of values holds them in fp8, with scales."""
-        return False
+    def value_dtype(self) -> ValueDtype:
+        """What the buffer of values holds; other than the model's, it stands for itself."""
+        return "model"
 
     def slots(self, spec: SparseSpec, kept: Kept) -> tuple[int, int]:
         """Slots of the key and value buffers."""
@@ -344,7 +347,8 @@ class SparseGroup(Group):
             self.capacities,
             self.chunk_size,
             scale,
-            *((self.value_buffers[layer], self.value_scales[layer]) if self.value_buffers else ()),
+            self.value_buffers[layer] if self.value_buffers else None,
+            self.value_scales[layer] if self.value_scales else None,
         )
         return out
 

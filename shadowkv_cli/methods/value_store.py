@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shadowkv_cli.config import ValueForm
+from shadowkv_cli.config import ValueDtype, ValueForm, packed_width
 from shadowkv_cli.methods.pinned import HostMemory
 from shadowkv_cli.ops.fp8 import FP8, quantise
+from shadowkv_cli.ops.packed import pack
 
 EXACT = ValueForm("device")
 """As full attention reads them."""
@@ -20,6 +21,7 @@ class ValueStore:
 
     Attributes:
         held: [P, Hk, S, D] by form and layer; of the exact ones [P, Hk, S', D].
+            Packed ones are uint8 [P, Hk, S, W], see `ops.packed`.
         scales: of those in fp8, float32 [P, Hk, C] by chunk size and layer, beside the model.
     """
 
@@ -45,9 +47,10 @@ class ValueStore:
         self.scales: dict[int, dict[int, Tensor]] = {}
         self._host = HostMemory(pinned=device.type == "cuda")
         for layer, form in ((i, form) for i, wanted in enumerate(forms) for form in wanted):
-            chunk_size = form.fp8_chunk_size
-            room = (prompts, heads, exact_tokens if form == EXACT else self.tokens, dim)
-            kept_in = FP8 if chunk_size else dtype
+            chunk_size = form.chunk_size
+            kept_in = {"model": dtype, "packed": torch.uint8, "fp8": FP8}[form.dtype]
+            width = packed_width(dim) if form.dtype == "packed" else dim
+            room = (prompts, heads, exact_tokens if form == EXACT else self.tokens, width)
             if form.placement == "host":
                 space = self._host.take(room, kept_in)
             else:
@@ -66,27 +69,40 @@ class ValueStore:
         return self.held.get(EXACT, {})
 
     def add_layer(self, layer: int, prompt_index: int, v: Tensor) -> None:
-        """Take in a prompt's values of a layer, [Hk, S, D], in each form that is wanted there."""
-        sources: dict[int | None, Tensor] = {None: v}
+        """Take in a prompt's values of a layer, [Hk, S, D], in each form that is wanted there.
+
+        Raises ShadowKVError where they cannot be packed to the bit.
+        """
+        sources: dict[tuple[ValueDtype, int | None], Tensor] = {("model", None): v}
         for form, by_layer in self.held.items():
             if layer not in by_layer:
                 continue
-            if form.fp8_chunk_size and form.fp8_chunk_size not in sources:
-                scales = self.scales[form.fp8_chunk_size][layer][prompt_index]
-                sources[form.fp8_chunk_size] = _quantised(v, form.fp8_chunk_size, scales)
-            source = sources[form.fp8_chunk_size]
+            kept_in = (form.dtype, form.chunk_size)
+            if kept_in not in sources:
+                sources[kept_in] = self._converted(layer, prompt_index, v, form)
+            source = sources[kept_in]
             target = by_layer[layer][prompt_index, :, : source.shape[1]]
             if form.placement == "host":
                 _copy_by_head(target, source)
             else:
                 target.copy_(source)
 
+    def _converted(self, layer: int, prompt_index: int, v: Tensor, form: ValueForm) -> Tensor:
+        if form.chunk_size:
+            scales = self.scales[form.chunk_size][layer][prompt_index]
+            return _quantised(v, form.chunk_size, scales)
+        # Head by head: what is in between is several times as large.
+        return torch.stack([pack(own) for own in v])
+
     def chunked(self, layer: int, chunk_size: int, form: ValueForm) -> tuple[Tensor, Tensor | None]:
-        """The values as chunks [P, Hk, C, c, D], and of those in fp8 their scales [P, Hk, C]."""
+        """The values as chunks [P, Hk, C, c, D], and of those in fp8 their scales [P, Hk, C].
+
+        Of packed ones W bytes stand where D elements do.
+        """
         chunks = self.held[form][layer][:, :, : self.tokens].unflatten(2, (-1, chunk_size))
-        if not form.fp8_chunk_size:
+        if not form.chunk_size:
             return chunks, None
-        assert form.fp8_chunk_size == chunk_size, "scales of other chunks"
+        assert form.chunk_size == chunk_size, "scales of other chunks"
         return chunks, self.scales[chunk_size][layer]
 
 

@@ -57,13 +57,18 @@ class LoadedModel:
         return sum(parameter.nbytes for parameter in self.model.parameters())
 
     @property
+    def dtype_name(self) -> str:
+        """Like `bfloat16`."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def hidden_size(self) -> int:
         return int(self.model.config.get_text_config().hidden_size)
 
     def check(self, specs: list[MethodSpec], total_tokens: int) -> None:
         """Raise UsageError where a method or a length is impossible for the model."""
         for spec in specs:
-            spec.check_model(self.shape)
+            spec.check_model(self.shape, self.dtype_name)
         if self.odd_layers and any(isinstance(spec, ShadowKVSpec) for spec in specs):
             raise UsageError(
                 f"shadowkv rebuilds keys by rotating them, but {len(self.odd_layers)} of "

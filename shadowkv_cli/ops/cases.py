@@ -7,10 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from shadowkv_cli.config import packed_width
 from shadowkv_cli.ops import layer_cases
 from shadowkv_cli.ops.await_rows import SELECT_PARTS
 from shadowkv_cli.ops.fp8 import FP8, quantise
 from shadowkv_cli.ops.misses import list_misses
+from shadowkv_cli.ops.packed import NAN_BYTE, pack
 from shadowkv_cli.ops.sizes import Arguments, Sizes
 
 
@@ -56,6 +58,12 @@ def empty_in_fp8(s: Sizes) -> tuple[Tensor, Tensor]:
     scales = torch.full((s.rows, s.heads, s.slots), math.nan, device=s.device)
     chunks = scales[..., None, None].expand(-1, -1, -1, s.chunk_size, s.dim)
     return chunks.contiguous().to(FP8), scales
+
+
+def empty_packed(s: Sizes) -> Tensor:
+    """NaN of a buffer of packed values, uint8 [R, Hk, B, c, W]."""
+    size = (s.rows, s.heads, s.slots, s.chunk_size, packed_width(s.dim))
+    return torch.full(size, NAN_BYTE, dtype=torch.uint8, device=s.device)
 
 
 def landmark_arguments(s: Sizes) -> Arguments:
@@ -127,10 +135,13 @@ def fetch_arguments(s: Sizes, *, pinned: bool = False, share: float = 0.6) -> Ar
         rounded, scales = quantise(values[:, :, : s.tokens].unflatten(2, (-1, s.chunk_size)), 2)
         values = values.to(FP8)
         values[:, :, : s.tokens] = rounded.flatten(2, 3)
+    if s.packed:
+        values = pack(values)
     if pinned:
         values = values.cpu().pin_memory()
     ids = selection(s, g, s.chunks)
-    buffer, buffer_scales = empty_in_fp8(s) if s.fp8 else (empty_buffer(s), None)
+    empty = empty_packed if s.packed else empty_buffer
+    buffer, buffer_scales = empty_in_fp8(s) if s.fp8 else (empty(s), None)
     return {
         "values": values[:, :, : s.tokens].unflatten(2, (-1, s.chunk_size)),
         "scales": scales,
@@ -217,17 +228,19 @@ def sparse_arguments(s: Sizes) -> Arguments:
                 unused[r, h, first : first + s.chunk_size] = False
             space.masked_fill_(unused[..., None], math.nan)
         spaces.append(space)
-    in_fp8: Arguments = {"value_buffer": None, "value_scales": None}
-    if s.fp8:
+    apart: Arguments = {"value_buffer": None, "value_scales": None}
+    if s.fp8 or s.packed:
         buffer = spaces[1][:, :, fixed:].unflatten(2, (-1, s.chunk_size))
-        rounded, scales = quantise(buffer.nan_to_num(), 2)
         unwritten = buffer.isnan().all(-1).all(-1)
-        rounded.view(torch.uint8)[unwritten] = 0x7F  # NaN
-        in_fp8 = {
-            "value_buffer": rounded,
-            "value_scales": scales.masked_fill(unwritten, math.nan),
-        }
         spaces[1] = spaces[1][:, :, :fixed]
+    if s.fp8:
+        rounded, scales = quantise(buffer.nan_to_num(), 2)
+        rounded.view(torch.uint8)[unwritten] = 0x7F  # NaN
+        apart = {"value_buffer": rounded, "value_scales": scales.masked_fill(unwritten, math.nan)}
+    if s.packed:
+        packed = pack(buffer.nan_to_num())
+        packed[unwritten] = NAN_BYTE
+        apart["value_buffer"] = packed
     return {
         "query": s.normal(g, s.rows, s.heads * s.group, s.dim),
         "keys": spaces[0],
@@ -238,7 +251,7 @@ def sparse_arguments(s: Sizes) -> Arguments:
         "capacities": list(s.fixed),
         "chunk_size": s.chunk_size,
         "scale": s.dim**-0.5,
-        **in_fp8,
+        **apart,
     }
 
 

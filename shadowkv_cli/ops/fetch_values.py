@@ -92,7 +92,8 @@ def fetch_values(
     """Copy missing chunks from the prompt's values to their slots, across the bus where need be.
 
     Args:
-        values: [P, Hk, C, c, D] beside the model, or in pinned host memory.
+        values: [P, Hk, C, c, D] beside the model, or in pinned host memory; or packed, uint8
+            [P, Hk, C, c, W].
         scales: float32 [P, Hk, C] beside the buffer, of values in fp8; or None.
         prompt_index: int32 [R].
         ids: int32 [R, Hk, N], chunk ids.

@@ -26,6 +26,7 @@ class Sizes:
         pairs: rotated pairs of dimensions, E.
         fixed: tokens of each section of the fixed part.
         fp8: whether landmarks and values are in fp8, with scales.
+        packed: whether values are packed instead, which are bfloat16 then.
         poison: whether what must not be read is NaN, and rows are unequal.
     """
 
@@ -46,6 +47,7 @@ class Sizes:
     fixed: tuple[int, ...] = (10, 7, 12)
     dtype: torch.dtype = torch.bfloat16
     fp8: bool = False
+    packed: bool = False
     device: str = "cuda"
     poison: bool = True
     seed: int = 0

@@ -9,10 +9,12 @@ import math
 import torch
 from torch import Tensor
 
+from shadowkv_cli.config import packed_width
 from shadowkv_cli.ops import compiled
 from shadowkv_cli.ops.chunk_rows import gather_chunks
 from shadowkv_cli.ops.fp8 import FP8, dequantise
 from shadowkv_cli.ops.library import check, define
+from shadowkv_cli.ops.packed import unpack
 
 
 @functools.lru_cache(maxsize=64)
@@ -100,11 +102,12 @@ def _reference(
     for here, width in _stretches(key_slots):
         slots_here = (key_slots[here, :, :width], value_slots[here, :, :width])
         planes = (query[here], keys[here], values[here])
-        scaled = None
-        if value_buffer is not None and value_scales is not None:
-            scaled = (value_buffer[here], value_scales[here])
+        apart = None
+        if value_buffer is not None:
+            scales = None if value_scales is None else value_scales[here]
+            apart = (value_buffer[here], scales)
         parts.append(
-            _attend(*planes, *slots_here, lengths[here], capacities, chunk_size, scale, scaled)
+            _attend(*planes, *slots_here, lengths[here], capacities, chunk_size, scale, apart)
         )
     if len(parts) == 1:
         return parts[0]
@@ -115,18 +118,23 @@ def _reference(
 def _check_buffer(
     buffer: Tensor | None, scales: Tensor | None, keys: Tensor, chunk_size: int
 ) -> None:
-    op, both = "sparse_attention", (buffer is None) == (scales is None)
-    check(both, op, "value_buffer and value_scales come together, or neither does")
-    if buffer is None or scales is None:
+    op, dim = "sparse_attention", keys.shape[-1]
+    in_fp8 = buffer is not None and buffer.dtype == FP8
+    if buffer is not None:
+        packed = buffer.dtype == torch.uint8 and keys.dtype == torch.bfloat16
+        wanted = f"{FP8}, or uint8 beside keys in bfloat16"
+        check(in_fp8 or packed, op, f"value_buffer must be {wanted}, not {buffer.dtype}")
+    check(in_fp8 == (scales is not None), op, "value_scales belong to a value_buffer in fp8")
+    if buffer is None:
         return
-    size = [*keys.shape[:2], scales.shape[-1], chunk_size, keys.shape[-1]]
+    size = [*keys.shape[:2], buffer.shape[2], chunk_size, dim if in_fp8 else packed_width(dim)]
     check(list(buffer.shape) == size, op, f"value_buffer must be {size}, got {list(buffer.shape)}")
-    check(buffer.dtype == FP8, op, f"value_buffer must be {FP8}, not {buffer.dtype}")
-    check(
-        list(scales.shape) == size[:3] and scales.dtype == torch.float32,
-        op,
-        f"value_scales must be float32 {size[:3]}, got {scales.dtype} {list(scales.shape)}",
-    )
+    if scales is not None:
+        check(
+            list(scales.shape) == size[:3] and scales.dtype == torch.float32,
+            op,
+            f"value_scales must be float32 {size[:3]}, got {scales.dtype} {list(scales.shape)}",
+        )
 
 
 @functools.lru_cache(maxsize=64)
@@ -168,9 +176,9 @@ def _attend(
     capacities: list[int],
     chunk_size: int,
     scale: float,
-    scaled: tuple[Tensor, Tensor] | None,
+    apart: tuple[Tensor, Tensor | None] | None,
 ) -> tuple[Tensor, Tensor]:
-    """`scaled` is a buffer of values in fp8, and its scales."""
+    """`apart` is a buffer of values in fp8, and its scales, or of packed ones."""
     rows, q_heads, dim = query.shape
     heads, fixed = keys.shape[1], sum(capacities)
     grouped = query.view(rows, heads, q_heads // heads, dim)
@@ -196,11 +204,13 @@ def _attend(
     held = values[:, :, :fixed]
     attended = None
     if empty.shape[-1]:
-        slots = _behind(values, fixed, chunk_size) if scaled is None else scaled[0]
-        attended = _gather(slots, value_slots)
-        if scaled is not None:
-            by_chunk = scaled[1].gather(2, value_slots.clamp_min(0).long())
+        buffer, scales = apart or (_behind(values, fixed, chunk_size), None)
+        attended = _gather(buffer, value_slots)
+        if scales is not None:
+            by_chunk = scales.gather(2, value_slots.clamp_min(0).long())
             attended = dequantise(attended, by_chunk).to(values.dtype)
+        elif apart is not None:
+            attended = unpack(attended)
         attended = attended.flatten(2, 3)
     out = _weighted(weights, held, attended)
     # A weight of 0 does not hide what is not finite; on a GPU looking for it would wait.
@@ -270,9 +280,10 @@ def sparse_attention(
         capacities: tokens that each section of the fixed part holds.
         chunk_size: c.
         scale: of the logits.
-        value_buffer: fp8 [R, Hk, Bv, c, D], where the value slots lie instead of behind the fixed
-            part; each becomes the dtype of `values` as it is read.
-        value_scales: float32 [R, Hk, Bv], of each slot of it.
+        value_buffer: where the value slots lie instead of behind the fixed part, in fp8
+            [R, Hk, Bv, c, D] or packed, uint8 [R, Hk, Bv, c, W] (`ops.packed`; beside bfloat16);
+            each becomes the dtype of `values` as it is read.
+        value_scales: float32 [R, Hk, Bv], of each slot in fp8.
 
     Returns:
         [R, Hq, D], and the log-sum-exp of the scaled logits, float32 [R, Hq]; zeros and minus
