@@ -202,12 +202,14 @@ class MethodOptions:
     value_dtype: Annotated[
         list[str] | None,
         _many(
-            "model|fp8",
-            "Values until they are attended: as the model has them, or in 8 bits",
+            "model|packed|fp8",
+            "Values until they are attended: as the model has them, bfloat16 in 13 bits that loses "
+            "none, or in 8 bits",
         ),
     ] = None
     landmark_dtype: Annotated[
-        list[str] | None, _many("model|fp8", "The same for landmarks, which select chunks")
+        list[str] | None,
+        _many("model|fp8", "Landmarks, which select chunks: the same, or in 8 bits"),
     ] = None
     resident_layers: Annotated[
         list[str] | None,
