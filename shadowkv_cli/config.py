@@ -35,7 +35,7 @@ Placement = Literal["device", "host"]
 StoredDtype = Literal["model", "fp8"]
 """How a tensor is kept: in the dtype that the model runs in, whichever that is, or in 8 bits."""
 ValueDtype = Literal["model", "packed", "fp8"]
-"""`packed` is bfloat16 in some 13 bits, the same to the bit."""
+"""`packed` is bfloat16 in 13 bits at a head dimension of 128, in 14 at 64: the same to the bit."""
 DenseFallback = Literal["auto", "never"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -340,8 +340,8 @@ class ShadowKVSpec(SparseSpec):
             1 keeps what the last step selected (the paper's policy), more is a larger LRU buffer.
         key_buffer: the same for rebuilt keys.
         value_dtype: of the prompt's values, where they lie and in the buffer; `packed`, which loses
-            no bit of bfloat16 and takes 13 of 16, and `fp8` (e4m3, one scale a chunk and KV head)
-            become the model's dtype again as they are attended.
+            no bit of bfloat16 and takes 13 of 16 bits at a head dimension of 128, and `fp8` (e4m3,
+            one scale a chunk and KV head) become the model's dtype again as they are attended.
         landmark_dtype: of the landmarks; in `fp8` with one scale each.
         resident_layers: layers whose values stay beside the model though the others' are on the
             host; `auto`, which bench resolves for each batch: as many as fit.
@@ -404,10 +404,11 @@ class ShadowKVSpec(SparseSpec):
                     f"value_dtype packed holds bfloat16, and the model is in {dtype}: use --dtype "
                     "bfloat16 or --value-dtype model."
                 )
-            if shape.head_dim % 8 or shape.head_dim > LARGEST_PACKED_DIM:
+            if shape.head_dim % 8 or not 40 <= shape.head_dim <= LARGEST_PACKED_DIM:
                 raise UsageError(
-                    f"value_dtype packed needs a head dimension that is a multiple of 8 up to "
-                    f"{LARGEST_PACKED_DIM}, not {shape.head_dim}: use --value-dtype model."
+                    f"value_dtype packed needs a head dimension that is a multiple of 8 from 40, "
+                    f"where it begins to save bytes, to {LARGEST_PACKED_DIM}, not "
+                    f"{shape.head_dim}: use --value-dtype model."
                 )
 
     def cache_bytes(self, shape: ModelShape, prompt_tokens: int, new_tokens: int) -> CacheBytes:

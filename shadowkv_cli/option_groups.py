@@ -203,13 +203,13 @@ class MethodOptions:
         list[str] | None,
         _many(
             "model|packed|fp8",
-            "Values until they are attended: as the model has them, bfloat16 in 13 bits that loses "
-            "none, or in 8 bits",
+            "Values until they are attended: as the model has them, in fewer bytes without a loss "
+            "(of bfloat16), or in 8 bits",
         ),
     ] = None
     landmark_dtype: Annotated[
         list[str] | None,
-        _many("model|fp8", "Landmarks, which select chunks: the same, or in 8 bits"),
+        _many("model|fp8", "Landmarks, which select chunks: as the model has them, or in 8 bits"),
     ] = None
     resident_layers: Annotated[
         list[str] | None,

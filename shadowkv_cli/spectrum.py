@@ -1,4 +1,4 @@
-"""How much of a model's pre-RoPE keys each rank keeps, on real prompts."""
+"""How much of a model's pre-RoPE keys each rank keeps, and whether values pack, on real prompts."""
 
 from __future__ import annotations
 
@@ -46,12 +46,39 @@ class RankEnergy:
 
 
 @dataclass(frozen=True)
+class Strays:
+    """How many elements of a token's values lie far below its largest one, in bfloat16.
+
+    Attributes:
+        tokens: of a layer and KV head each, by their number of strays, from 0 on.
+        most_that_fit: of a token that `--value-dtype packed` takes.
+    """
+
+    tokens: list[int]
+    most_that_fit: int
+
+    def note(self) -> str:
+        total, most = sum(self.tokens), len(self.tokens) - 1
+        fits = f"{self.most_that_fit} fit" if most <= self.most_that_fit else "they do not fit"
+        return (
+            f"Values in --value-dtype packed: {total - self.tokens[0]:,} of {total:,} tokens of a "
+            f"KV head have elements that must be listed, {most} at most: {fits}."
+        )
+
+
+@dataclass(frozen=True)
 class Spectrum:
-    """The energies, and what they were measured on."""
+    """The energies, the strays, and what they were measured on."""
 
     energies: list[RankEnergy]
+    strays: Strays
     prompts: int
     facts: Mapping[str, Any]
+
+    def content(self) -> dict[str, Any]:
+        """All of it, as JSON has it."""
+        energies = [asdict(energy) for energy in self.energies]
+        return {**self.facts, "energies": energies, "strays": asdict(self.strays)}
 
     def table(self) -> Table:
         rows = [
@@ -71,15 +98,17 @@ class Spectrum:
                 *("kept around the mean", "lowest layer, around the mean"),
             ],
             rows,
-            ["Best rank per layer and prompt, all KV heads side by side, as ShadowKV factorises."],
+            [
+                "Best rank per layer and prompt, all KV heads side by side: ShadowKV's way.",
+                self.strays.note(),
+            ],
         )
 
     def write(self, folder: Path) -> Path:
         """Write everything as JSON; returns the file."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / FILE
-        content = {**self.facts, "energies": [asdict(energy) for energy in self.energies]}
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(self.content(), indent=2) + "\n", encoding="utf-8")
         return path
 
 
@@ -116,7 +145,10 @@ def measure_spectrum(config: EvalConfig, asked: Sequence[int]) -> Spectrum:
         UsageError: an impossible rank, or data and model that do not fit together.
         ShadowKVError: the model cannot be loaded.
     """
+    import torch
+
     from shadowkv_cli.model.session import Session
+    from shadowkv_cli.ops.packed import MOST_STRAYS, stray_counts
 
     ready = load_inputs(config)
     loaded, samples = ready.loaded, ready.work.samples
@@ -128,6 +160,7 @@ def measure_spectrum(config: EvalConfig, asked: Sequence[int]) -> Spectrum:
     session = Session(loaded, [spec], prompt_tokens=longest, new_tokens=1)
     layers = range(loaded.shape.num_layers)
     found: list[list[tuple[list[float], list[float]]]] = [[] for _ in layers]
+    strays = torch.zeros(loaded.shape.head_dim + 1, dtype=torch.long, device=loaded.device)
     with progress(f"spectrum {config.model.name}", len(samples)) as bar:
         for sample in samples:
             ids = encode_prompt(ready.tokenizer, sample.text)
@@ -135,6 +168,8 @@ def measure_spectrum(config: EvalConfig, asked: Sequence[int]) -> Spectrum:
             for layer in layers:
                 coefficients = session.store.coefficients[layer][0, : len(ids)]
                 found[layer].append(_shares(coefficients, ranks))
+                values = session.store.values[layer][0, :, : len(ids)].bfloat16()
+                strays += stray_counts(values).flatten().bincount(minlength=len(strays))
             bar.advance(detail=f"{sample.task} {sample.context_length}")
     facts = {
         "command": list(config.command),
@@ -145,7 +180,8 @@ def measure_spectrum(config: EvalConfig, asked: Sequence[int]) -> Spectrum:
         "environment": environment_of(loaded),
     }
     energies = [_average(found, i, rank, width) for i, rank in enumerate(ranks)]
-    return Spectrum(energies, len(samples), facts)
+    by_count = strays[: int(strays.nonzero().max()) + 1].tolist()
+    return Spectrum(energies, Strays(by_count, MOST_STRAYS), len(samples), facts)
 
 
 def _average(

@@ -22,11 +22,11 @@ from shadowkv_cli.config import (
     ValueForm,
     packed_width,
 )
-from shadowkv_cli.errors import ShadowKVError, UsageError
+from shadowkv_cli.errors import EXIT_INCOMPLETE, ShadowKVError, UsageError
 from shadowkv_cli.methods.value_store import ValueStore
 from shadowkv_cli.model.session import Session
-from shadowkv_cli.ops import cases
-from shadowkv_cli.ops.packed import MOST_STRAYS, NAN_BYTE, pack, unpack
+from shadowkv_cli.ops import cases, packed
+from shadowkv_cli.ops.packed import MOST_STRAYS, NAN_BYTE, CannotPack, pack, stray_counts, unpack
 from shadowkv_cli.ops.sizes import Sizes
 from shadowkv_cli.results import read_run
 from shadowkv_cli.shared_bytes import shared_cache_bytes
@@ -100,6 +100,7 @@ def test_a_token_is_packed_to_the_bit_or_refused(bits: list[int]) -> None:
             pack(token[None])
         return
     packed = pack(token[None])
+    assert stray_counts(token).item() == strays
     assert packed.shape == (1, packed_width(len(bits)))
     assert same_bits(unpack(packed)[0], token)
     assert as_written(bytes(packed[0].tolist()), len(bits)) == bits
@@ -275,8 +276,9 @@ def test_packed_values_beside_others() -> None:
     [
         (ModelShape(2, 4, 2, 16, 4), "float32", "the model is in float32: use --dtype bfloat16"),
         (ModelShape(2, 4, 2, 16, 2), "float16", "the model is in float16"),
-        (ModelShape(2, 4, 2, 20, 2), "bfloat16", "a multiple of 8 up to 256, not 20"),
-        (ModelShape(2, 4, 2, 320, 2), "bfloat16", "a multiple of 8 up to 256, not 320"),
+        (ModelShape(2, 4, 2, 68, 2), "bfloat16", "to 256, not 68"),
+        (ModelShape(2, 4, 2, 32, 2), "bfloat16", "from 40, where it begins to save bytes"),
+        (ModelShape(2, 4, 2, 320, 2), "bfloat16", "to 256, not 320"),
     ],
 )
 def test_models_that_cannot_be_packed_are_refused(shape: ModelShape, dtype: str, says: str) -> None:
@@ -292,6 +294,43 @@ def test_a_layer_that_cannot_be_packed_is_refused() -> None:
     v[0, 3, :8] = 1e-20
     with pytest.raises(ShadowKVError, match=r"8 elements more than 14.*use value_dtype=model"):
         store.add_layer(0, 0, v)
+
+
+def test_what_is_no_bfloat16_is_not_packed() -> None:
+    for values in (torch.zeros(3, 16), torch.zeros(3, 12, dtype=BF16)):
+        with pytest.raises(ValueError, match=r"values must be bfloat16 \[..., 8 n\], got"):
+            pack(values)
+    assert pack(torch.zeros(0, 16, dtype=BF16)).shape == (0, 40)
+    with pytest.raises(CannotPack, match="below its largest, an infinity or NaN, and 7 fit"):
+        pack(torch.tensor([[1.0] * 15 + [float("inf")]], dtype=BF16))
+
+
+def test_the_head_dimension_from_which_bytes_are_saved() -> None:
+    smaller = [dim for dim in range(8, 257, 8) if packed_width(dim) < 2 * dim]
+    assert smaller == list(range(40, 257, 8))
+
+
+@pytest.mark.parametrize("command", ["eval", "bench"])
+def test_what_cannot_be_packed_fails_alone(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its row says so, the other cells have theirs, and the exit code is that of some failures."""
+    monkeypatch.setattr(packed, "MOST_STRAYS", 0)
+    out, data = tmp_path / "run", tmp_path / "data"
+    more = ["--context-length", "1k", "--state", "synthetic", "--decode-steps", "2"]
+    if command == "eval":
+        build = "build-data ruler --tokenizer demo --context-length 1k --num-samples 1 --seed 5"
+        assert run([*build.split(), "--tasks", "niah_single_2", "--output", str(data)]) == 0
+        more = ["--data", str(data)]
+    cells = ["--method", "full,shadowkv", "--value-dtype", "model,packed", "--rank", "64"]
+    chosen = ["--model", "demo", "--device", "cpu", "--dtype", "bfloat16", "--sparse-budget", "128"]
+    assert run([command, *chosen, *cells, *more, "--output", str(out)]) == EXIT_INCOMPLETE
+    found = read_run(out)
+    rows = found.predictions if command == "eval" else found.throughput
+    errors = {(row["method"], row["settings"].get("value_dtype")): row["error"] for row in rows}
+    failed = errors.pop(("shadowkv", "packed"))
+    assert "cannot be packed to the bit" in failed
+    assert errors == {("full", None): None, ("shadowkv", "model"): None}
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

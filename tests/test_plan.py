@@ -31,7 +31,9 @@ RESULTS = Path(__file__).parents[1] / "results"
     rank=st.integers(1, 400),
     buffers=st.tuples(st.floats(1, 8), st.floats(1, 8)),
     landmarks=st.sampled_from([1, 2]),
-    dtypes=st.tuples(*[st.sampled_from(["model", "fp8"])] * 2),
+    dtypes=st.tuples(
+        st.sampled_from(["model", "packed", "fp8"]), st.sampled_from(["model", "fp8"])
+    ),
     resident=st.one_of(st.none(), st.integers(0, 32)),
 )
 def test_items_add_up_to_what_a_cache_holds(

@@ -67,7 +67,7 @@ def store_of(specs: list[MethodSpec], layers: int) -> PromptStore:
 
 
 @pytest.mark.parametrize("resident", range(6))
-@pytest.mark.parametrize("kept_in", ["model", "fp8"])
+@pytest.mark.parametrize("kept_in", ["model", "packed", "fp8"])
 def test_bytes_are_where_the_layers_are(resident: int, kept_in: str) -> None:
     spec, shape = spec_of(resident, value_dtype=kept_in), ModelShape(5, 4, 2, 16, 4)
     held = store_of([spec], 5).value_store.held
@@ -152,7 +152,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> tuple[Room, dict[str, int]]:
 
 @pytest.mark.parametrize("device_gb", [3, 20, 60, 130, 400])
 @pytest.mark.parametrize("host_gb", [4, 40, 110, 600])
-@pytest.mark.parametrize("kept_in", ["model", "fp8"])
+@pytest.mark.parametrize("kept_in", ["model", "packed", "fp8"])
 def test_auto_is_the_largest_batch_then_the_most_layers(
     room: tuple[Room, dict[str, int]], device_gb: int, host_gb: int, kept_in: str
 ) -> None:

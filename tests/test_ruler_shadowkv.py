@@ -229,6 +229,13 @@ def test_other_settings_are_named(rows, suite, said):
     assert any(said in text for text in plain[0]["differences"])
 
 
+def test_what_changes_no_score_is_no_other_setting():
+    settings = {"value_dtype": "packed", "value_placement": "host", "value_buffer": 4.0}
+    cells = (rows_like_the_paper(**more) for more in (settings, {}))
+    own, plain = (compare(rows, "ruler-shadowkv")[1][0].get("differences") for rows in cells)
+    assert own == plain
+
+
 def test_no_rows_of_the_paper_for_others():
     assert compare(rows_like_the_paper(), model="Qwen/Qwen2-7B-Instruct") is None
     assert compare(rows_like_the_paper(), suite="longbench") is None

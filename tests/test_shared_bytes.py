@@ -28,6 +28,10 @@ CELLS = {
         f"shadowkv:sparse_budget={budget},value_dtype=fp8,landmark_dtype=fp8,value_placement=host"
         for budget in (64, 512)
     ],
+    "packed": [
+        f"shadowkv:sparse_budget={budget},value_dtype=packed,value_placement={place},value_buffer=2"
+        for budget, place in ((64, "host"), (512, "host"), (512, "device"))
+    ],
     "other methods": ["full", "oracle:sparse_budget=64", "oracle:sparse_budget=1024", "shadowkv"],
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from shadowkv_cli.model.loading import load_model
 from shadowkv_cli.model.session import Session
 from shadowkv_cli.ops.rotary import unrotate
 from shadowkv_cli.run_config import ModelChoice
+from shadowkv_cli.spectrum import Strays
 from shadowkv_cli.tasks.rows import Dataset
 from shadowkv_cli.tasks.tokenization import encode_prompt, load_tokenizer
 
@@ -45,6 +47,7 @@ def test_energies_are_those_of_the_singular_values(
     printed = json.loads(capsys.readouterr().out)
     written = json.loads((tmp_path / "s" / "spectrum.json").read_text())
     assert printed["energies"] == written["energies"]
+    assert printed["strays"] == written["strays"]
     assert written["environment"]["git"] is not None
 
     [sample] = Dataset.open(ruler_folder).samples(1024, "vt", 1)
@@ -60,6 +63,43 @@ def test_energies_are_those_of_the_singular_values(
         mean = sum(shares["around_mean"]) / len(keys)
         assert energy["around_mean"] == pytest.approx(mean, abs=1e-5)
     assert printed["energies"][-1]["kept"] == pytest.approx(1), "32 is the whole width"
+
+
+def test_strays_are_those_of_the_models_values(
+    tiny_model_folder: Path, ruler_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--model", str(tiny_model_folder), "--data", str(ruler_folder)]
+    assert run(["spectrum", *model, "--tasks", "vt", "--num-samples", "1", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)["strays"]
+    [sample] = Dataset.open(ruler_folder).samples(1024, "vt", 1)
+    ids = encode_prompt(load_tokenizer("demo"), sample.text)
+    loaded = load_model(ModelChoice(str(tiny_model_folder)))
+    with torch.inference_mode():
+        held = loaded.model(torch.tensor([ids]), use_cache=True).past_key_values.layers
+    found = Counter(
+        int(sum(0 < e <= max(token) - 15 for e in token))
+        for layer in held
+        for token in (layer.values[0].bfloat16().view(torch.int16) >> 7 & 0xFF)
+        .flatten(0, 1)
+        .tolist()
+    )
+    assert printed["most_that_fit"] == 7
+    assert sum(printed["tokens"]) == sum(found.values())
+    # Another prefill rounds otherwise, so an element at the edge may fall to the other side.
+    for count, tokens in enumerate(printed["tokens"]):
+        assert abs(tokens - found[count]) <= 3, (count, tokens, found)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [([90, 8, 2], "10 of 100 tokens of a KV head have elements that must be listed, 2 at most: 7"),
+     ([5], "0 of 5 tokens of a KV head have elements that must be listed, 0 at most: 7 fit"),
+     ([5, 0, 0, 0, 0, 0, 0, 0, 1], "1 of 6 tokens")],
+)  # fmt: skip
+def test_what_is_said_of_strays(tokens: list[int], said: str) -> None:
+    note = Strays(tokens, 7).note()
+    assert said in note
+    assert note.endswith("they do not fit." if len(tokens) > 8 else "7 fit.")
 
 
 def test_ranks_that_cannot_be_are_refused(

@@ -24,6 +24,7 @@ from shadowkv_cli.methods.pinned import idle_bytes
 from shadowkv_cli.model.failures import MethodFailure
 from shadowkv_cli.model.loading import LoadedModel
 from shadowkv_cli.model.session import Session
+from shadowkv_cli.ops.packed import CannotPack
 from shadowkv_cli.run_config import BenchSettings
 from shadowkv_cli.shared_bytes import shared_cache_bytes
 
@@ -230,7 +231,7 @@ def _measure_set(
                     **bench.prefill_bytes.get(tuple(bench.sets[place]), {}),
                 }
                 yield row
-    except (MethodFailure, torch.OutOfMemoryError, MemoryError) as failure:
+    except (MethodFailure, CannotPack, torch.OutOfMemoryError, MemoryError) as failure:
         for row in known:
             if "error" not in row:
                 yield row | _failure(failure)

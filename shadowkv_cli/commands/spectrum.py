@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +33,7 @@ def spectrum(
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Say how much of a model's pre-RoPE keys each rank keeps, on prompts of a dataset.
+    """Say how much of a model's pre-RoPE keys each rank keeps, and whether its values pack.
 
     One prefill a sample, no decoding: a first look at which ranks are worth a sweep.
 
@@ -59,7 +58,7 @@ def spectrum(
     if output is not None:
         notice(f"Written to {found.write(output)}")
     if json:
-        print_json({**found.facts, "energies": [asdict(energy) for energy in found.energies]})
+        print_json(found.content())
     else:
         found.table().show()
 

@@ -71,7 +71,7 @@ class ValueStore:
     def add_layer(self, layer: int, prompt_index: int, v: Tensor) -> None:
         """Take in a prompt's values of a layer, [Hk, S, D], in each form that is wanted there.
 
-        Raises ShadowKVError where they cannot be packed to the bit.
+        Raises CannotPack where they cannot be packed to the bit.
         """
         sources: dict[tuple[ValueDtype, int | None], Tensor] = {("model", None): v}
         for form, by_layer in self.held.items():
@@ -91,8 +91,11 @@ class ValueStore:
         if form.chunk_size:
             scales = self.scales[form.chunk_size][layer][prompt_index]
             return _quantised(v, form.chunk_size, scales)
+        out = v.new_empty(*v.shape[:2], packed_width(v.shape[2]), dtype=torch.uint8)
         # Head by head: what is in between is several times as large.
-        return torch.stack([pack(own) for own in v])
+        for head, own in enumerate(v):
+            out[head] = pack(own)
+        return out
 
     def chunked(self, layer: int, chunk_size: int, form: ValueForm) -> tuple[Tensor, Tensor | None]:
         """The values as chunks [P, Hk, C, c, D], and of those in fp8 their scales [P, Hk, C].

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 
 import torch
 
-from shadowkv_cli.config import MethodSpec
+from shadowkv_cli.config import MethodSpec, ShadowKVSpec
 from shadowkv_cli.errors import ShadowKVError
 from shadowkv_cli.methods import Group
+from shadowkv_cli.ops.packed import CannotPack
 
 
 class MethodFailure(ShadowKVError):
@@ -52,6 +53,9 @@ def blaming(suspects: Sequence[MethodSpec]) -> Iterator[None]:
     """Turn what fails in the work of some methods into their `MethodFailure`."""
     try:
         yield
+    except CannotPack as error:
+        packed = [s for s in suspects if isinstance(s, ShadowKVSpec) and s.value_dtype == "packed"]
+        raise MethodFailure(packed, one_line(error)) from error
     except (RuntimeError, ValueError) as error:
         raise MethodFailure(
             suspects, one_line(error), out_of_memory=is_out_of_memory(error)

@@ -22,9 +22,17 @@ from torch import Tensor
 
 from shadowkv_cli.config import PACKED_HEADER_BYTES, packed_width
 from shadowkv_cli.errors import ShadowKVError
+from shadowkv_cli.ops.library import check
+
+
+class CannotPack(ShadowKVError):
+    """A token's exponents differ so much that packing it would lose bits."""
+
 
 MOST_STRAYS = (PACKED_HEADER_BYTES - 2) // 2
 HIGHEST_CODE = 15
+NOT_FINITE = 255
+"""The exponent of infinities and NaN."""
 NAN_BYTE = 0xF0
 """A token of such bytes alone stands for NaN in every second pair."""
 _LOWER, _UPPER = (0, 4, 1, 5), (2, 6, 3, 7)
@@ -40,24 +48,41 @@ def pack(values: Tensor) -> Tensor:
     Returns:
         uint8 [..., packed_width(D)].
 
-    Raises ShadowKVError where a token has more strays than fit. On a GPU the host waits.
+    Raises:
+        ValueError: no bfloat16, or no such D.
+        CannotPack: a token has more strays than fit. To know it the host waits for a GPU.
     """
+    dim = values.shape[-1]
+    fits = dim % 8 == 0 and values.dtype == torch.bfloat16
+    check(fits, "pack", f"values must be bfloat16 [..., 8 n], got {values.dtype} [..., {dim}]")
     bits = values.contiguous().view(torch.int16).flatten(0, -2)  # [T, D]
     exponents = (bits >> 7 & 0xFF).to(torch.uint8)
-    top = exponents.amax(-1, keepdim=True)
-    base = top.clamp_min(HIGHEST_CODE) - HIGHEST_CODE
+    base = _base(exponents)
     near = exponents > base
     strays = (~near & (exponents != 0)).nonzero()  # [M, 2]: in the order of tokens, then of places
-    out = bits.new_zeros(len(bits), packed_width(values.shape[-1]), dtype=torch.uint8)
+    out = bits.new_zeros(len(bits), packed_width(dim), dtype=torch.uint8)
     out[:, :1] = base
     if len(strays):
         _list_strays(out, strays, exponents)
     fields = out[:, PACKED_HEADER_BYTES:]
-    dim = values.shape[-1]
     fields[:, :dim] = (bits >> 8 & 0x80 | bits & 0x7F).to(torch.uint8)
     codes = torch.where(near, exponents - base, 0).unflatten(-1, (-1, 8))
     fields[:, dim:] = (codes[..., _LOWER] | codes[..., _UPPER] << 4).flatten(1)
-    return out.view(*values.shape[:-1], -1)
+    return out.view(*values.shape[:-1], packed_width(dim))
+
+
+def stray_counts(values: Tensor) -> Tensor:
+    """Elements of each token that no code tells: int64 [...] of bfloat16 [..., D].
+
+    `pack` refuses tokens of more than MOST_STRAYS.
+    """
+    exponents = (values.view(torch.int16) >> 7 & 0xFF).to(torch.uint8)
+    return ((exponents != 0) & (exponents <= _base(exponents))).sum(-1)
+
+
+def _base(exponents: Tensor) -> Tensor:
+    """[..., 1]: elements with exponents above it have codes."""
+    return exponents.amax(-1, keepdim=True).clamp_min(HIGHEST_CODE) - HIGHEST_CODE
 
 
 def _list_strays(out: Tensor, strays: Tensor, exponents: Tensor) -> None:
@@ -66,10 +91,12 @@ def _list_strays(out: Tensor, strays: Tensor, exponents: Tensor) -> None:
     counts = torch.bincount(token, minlength=len(out))
     most = int(counts.max())
     if most > MOST_STRAYS:
-        raise ShadowKVError(
+        worst = exponents[counts.argmax()]
+        which = ", an infinity or NaN" if int(worst.max()) == NOT_FINITE else ""
+        raise CannotPack(
             f"values cannot be packed to the bit: a token has {most} elements more than "
-            f"{HIGHEST_CODE - 1} binary orders below its largest, and {MOST_STRAYS} fit: use "
-            "value_dtype=model."
+            f"{HIGHEST_CODE - 1} binary orders below its largest{which}, and {MOST_STRAYS} fit: "
+            "use value_dtype=model."
         )
     out[:, 1] = counts.to(torch.uint8)
     before = torch.cumsum(counts, 0) - counts
@@ -79,7 +106,10 @@ def _list_strays(out: Tensor, strays: Tensor, exponents: Tensor) -> None:
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """bfloat16 [..., D] of uint8 [..., packed_width(D)], of any bytes at all."""
+    """bfloat16 [..., D] of uint8 [..., packed_width(D)].
+
+    Bytes that `pack` never gives are something, too: buffers hold some that no step attends.
+    """
     dim = (packed.shape[-1] - PACKED_HEADER_BYTES) * 2 // 3
     flat = packed.flatten(0, -2)
     head, rest = flat[:, :PACKED_HEADER_BYTES], flat[:, PACKED_HEADER_BYTES:].to(torch.int16)
