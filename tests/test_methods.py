@@ -291,11 +291,11 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     seen: list[Tensor] = []
     plain = ops.sparse_attention
 
-    def spied(q, keys, values, key_slots, value_slots, lengths, capacities, size, scale):
+    def spied(q, keys, values, key_slots, value_slots, lengths, capacities, size, *more):
         fixed = torch.minimum(lengths, torch.tensor(capacities)).sum(1)
         assert torch.equal(key_slots >= 0, value_slots >= 0)
         seen.append(fixed[:, None] + (key_slots >= 0).sum(-1) * size)
-        return plain(q, keys, values, key_slots, value_slots, lengths, capacities, size, scale)
+        return plain(q, keys, values, key_slots, value_slots, lengths, capacities, size, *more)
 
     monkeypatch.setattr(ops, "sparse_attention", spied)
     return seen
