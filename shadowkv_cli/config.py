@@ -32,10 +32,9 @@ LARGEST_PACKED_DIM = 256
 """A byte tells a place in a head."""
 
 Placement = Literal["device", "host"]
-StoredDtype = Literal["model", "fp8"]
-"""How a tensor is kept: in the dtype that the model runs in, whichever that is, or in 8 bits."""
-ValueDtype = Literal["model", "packed", "fp8"]
-"""`packed` is bfloat16 in 13 bits at a head dimension of 128, in 14 at 64: the same to the bit."""
+StoredDtype = Literal["model", "packed", "fp8"]
+"""How a tensor is kept: in the dtype that the model runs in, whichever that is; packed, which is
+bfloat16 in 13 bits at a head dimension of 128, in 14 at 64, the same to the bit; or in 8 bits."""
 DenseFallback = Literal["auto", "never"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -172,8 +171,8 @@ def packed_width(head_dim: int) -> int:
     return PACKED_HEADER_BYTES + head_dim * 3 // 2
 
 
-def value_bytes(dtype: ValueDtype, shape: ModelShape) -> int:
-    """Of a token of a KV head, without scales."""
+def row_bytes(dtype: StoredDtype, shape: ModelShape) -> int:
+    """Of a token of a KV head or a landmark, without scales."""
     if dtype == "packed":
         return packed_width(shape.head_dim)
     return shape.head_dim * (1 if dtype == "fp8" else shape.element_bytes)
@@ -190,12 +189,12 @@ class ValueForm:
     """
 
     placement: Placement
-    dtype: ValueDtype = "model"
+    dtype: StoredDtype = "model"
     chunk_size: int | None = None
 
     def data_bytes(self, shape: ModelShape, tokens: int) -> int:
         """Of one layer of one prompt, where `placement` says."""
-        return tokens * shape.num_kv_heads * value_bytes(self.dtype, shape)
+        return tokens * shape.num_kv_heads * row_bytes(self.dtype, shape)
 
     def scale_bytes(self, shape: ModelShape, tokens: int) -> int:
         """Of the scales of one layer of one prompt, which always lie beside the model."""
@@ -342,7 +341,7 @@ class ShadowKVSpec(SparseSpec):
         value_dtype: of the prompt's values, where they lie and in the buffer; `packed`, which loses
             no bit of bfloat16 and takes 13 of 16 bits at a head dimension of 128, and `fp8` (e4m3,
             one scale a chunk and KV head) become the model's dtype again as they are attended.
-        landmark_dtype: of the landmarks; in `fp8` with one scale each.
+        landmark_dtype: of the landmarks; in `fp8` with one scale each; `packed` as values.
         resident_layers: layers whose values stay beside the model though the others' are on the
             host; `auto`, which bench resolves for each batch: as many as fit.
     """
@@ -355,7 +354,7 @@ class ShadowKVSpec(SparseSpec):
     value_placement: Placement = "device"
     value_buffer: float = 1.0
     key_buffer: float = 1.0
-    value_dtype: ValueDtype = "model"
+    value_dtype: StoredDtype = "model"
     landmark_dtype: StoredDtype = "model"
     resident_layers: int | Literal["auto"] = 0
 
@@ -398,17 +397,20 @@ class ShadowKVSpec(SparseSpec):
                 f"rank {self.rank} is above the model's key width {width} ({shape.num_kv_heads} KV "
                 f"heads of {shape.head_dim}): use --rank {width} or less."
             )
-        if self.value_dtype == "packed":
+        for name in ("value_dtype", "landmark_dtype"):
+            if getattr(self, name) != "packed":
+                continue
+            option = f"--{name.replace('_', '-')}"
             if dtype != "bfloat16":
                 raise UsageError(
-                    f"value_dtype packed holds bfloat16, and the model is in {dtype}: use --dtype "
-                    "bfloat16 or --value-dtype model."
+                    f"{name} packed holds bfloat16, and the model is in {dtype}: use --dtype "
+                    f"bfloat16 or {option} model."
                 )
             if shape.head_dim % 8 or not 40 <= shape.head_dim <= LARGEST_PACKED_DIM:
                 raise UsageError(
-                    f"value_dtype packed needs a head dimension that is a multiple of 8 from 40, "
-                    f"where it begins to save bytes, to {LARGEST_PACKED_DIM}, not "
-                    f"{shape.head_dim}: use --value-dtype model."
+                    f"{name} packed needs a head dimension that is a multiple of 8 from 40, where "
+                    f"it begins to save bytes, to {LARGEST_PACKED_DIM}, not {shape.head_dim}: use "
+                    f"{option} model."
                 )
 
     def cache_bytes(self, shape: ModelShape, prompt_tokens: int, new_tokens: int) -> CacheBytes:
@@ -426,6 +428,11 @@ class ShadowKVSpec(SparseSpec):
             shape.num_layers * a_layer + sum(held.device for held in values),
             sum(held.host for held in values),
         )
+
+    @property
+    def packs(self) -> bool:
+        """Whether something of it is packed, which a prompt may forbid."""
+        return "packed" in (self.value_dtype, self.landmark_dtype)
 
     def slots(self, kept: Kept) -> tuple[int, int]:
         """Of the buffers of keys and of values."""
@@ -453,7 +460,7 @@ class ShadowKVSpec(SparseSpec):
         """The same of so many slots of keys and of values."""
         keys, values = slots
         a_chunk = self.chunk_size * shape.key_width
-        of_token = shape.num_kv_heads * value_bytes(self.value_dtype, shape)
+        of_token = shape.num_kv_heads * row_bytes(self.value_dtype, shape)
         scales = shape.num_kv_heads * SCALE_BYTES if self.value_dtype == "fp8" else 0
         return (
             keys * a_chunk * shape.element_bytes,
@@ -476,9 +483,8 @@ class ShadowKVSpec(SparseSpec):
     def landmark_bytes(self, shape: ModelShape, tokens: int) -> int:
         """Of the landmarks of one layer of one prompt, with their scales."""
         count = tokens // self.chunk_size * self.landmarks_per_chunk * shape.num_kv_heads
-        if self.landmark_dtype == "fp8":
-            return count * (shape.head_dim + SCALE_BYTES)
-        return count * shape.head_dim * shape.element_bytes
+        scale = SCALE_BYTES if self.landmark_dtype == "fp8" else 0
+        return count * (row_bytes(self.landmark_dtype, shape) + scale)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -209,7 +209,7 @@ class MethodOptions:
     ] = None
     landmark_dtype: Annotated[
         list[str] | None,
-        _many("model|fp8", "Landmarks, which select chunks: as the model has them, or in 8 bits"),
+        _many("model|packed|fp8", "The same for landmarks, which select chunks"),
     ] = None
     resident_layers: Annotated[
         list[str] | None,

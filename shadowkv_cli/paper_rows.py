@@ -70,7 +70,7 @@ def setting_differences(record: ScoreRecord) -> list[str]:
     if record.settings.get("landmarks_per_chunk", 1) != 1:
         found.append(f"{record.settings['landmarks_per_chunk']} landmarks per chunk for 1")
     for name in ("value_dtype", "landmark_dtype"):
-        if record.settings.get(name, "model") not in ("model", "packed"):  # packed loses nothing
+        if record.settings.get(name, "model") not in ("model", "packed"):  # packed loses no bit
             found.append(f"{name.replace('_dtype', 's')} in {record.settings[name]}")
     return found
 

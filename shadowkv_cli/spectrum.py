@@ -19,9 +19,12 @@ from shadowkv_cli.tasks.tokenization import encode_prompt
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from shadowkv_cli.methods import PromptStore
+
 DEFAULT_SHARES = (1 / 32, 1 / 16, 1 / 8, 5 / 32, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 """Of the width of a layer's keys; 5/32 is the paper's 160 of 1,024."""
 FILE = "spectrum.json"
+PACKABLE = ("values", "landmarks")
 
 
 @dataclass(frozen=True)
@@ -47,22 +50,22 @@ class RankEnergy:
 
 @dataclass(frozen=True)
 class Strays:
-    """How many elements of a token's values lie far below its largest one, in bfloat16.
+    """How many elements of a row lie far below its largest one, in bfloat16.
 
     Attributes:
-        tokens: of a layer and KV head each, by their number of strays, from 0 on.
-        most_that_fit: of a token that `--value-dtype packed` takes.
+        rows: tokens of a layer and KV head each, or landmarks, by their number of strays from 0 on.
+        most_that_fit: of a row that can be packed.
     """
 
-    tokens: list[int]
+    rows: list[int]
     most_that_fit: int
 
-    def note(self) -> str:
-        total, most = sum(self.tokens), len(self.tokens) - 1
+    def note(self, what: str) -> str:
+        total, most = sum(self.rows), len(self.rows) - 1
         fits = f"{self.most_that_fit} fit" if most <= self.most_that_fit else "they do not fit"
         return (
-            f"Values in --value-dtype packed: {total - self.tokens[0]:,} of {total:,} tokens of a "
-            f"KV head have elements that must be listed, {most} at most: {fits}."
+            f"Packed {what}: {total - self.rows[0]:,} of {total:,} of a KV head have elements that "
+            f"must be listed, {most} at most: {fits}."
         )
 
 
@@ -71,14 +74,19 @@ class Spectrum:
     """The energies, the strays, and what they were measured on."""
 
     energies: list[RankEnergy]
-    strays: Strays
+    strays: Mapping[str, Strays]
+    """Of `values` and of `landmarks`."""
     prompts: int
     facts: Mapping[str, Any]
 
     def content(self) -> dict[str, Any]:
         """All of it, as JSON has it."""
         energies = [asdict(energy) for energy in self.energies]
-        return {**self.facts, "energies": energies, "strays": asdict(self.strays)}
+        return {
+            **self.facts,
+            "energies": energies,
+            "strays": {name: asdict(own) for name, own in self.strays.items()},
+        }
 
     def table(self) -> Table:
         rows = [
@@ -100,7 +108,7 @@ class Spectrum:
             rows,
             [
                 "Best rank per layer and prompt, all KV heads side by side: ShadowKV's way.",
-                self.strays.note(),
+                *(own.note(name) for name, own in self.strays.items()),
             ],
         )
 
@@ -160,7 +168,7 @@ def measure_spectrum(config: EvalConfig, asked: Sequence[int]) -> Spectrum:
     session = Session(loaded, [spec], prompt_tokens=longest, new_tokens=1)
     layers = range(loaded.shape.num_layers)
     found: list[list[tuple[list[float], list[float]]]] = [[] for _ in layers]
-    strays = torch.zeros(loaded.shape.head_dim + 1, dtype=torch.long, device=loaded.device)
+    counts = {name: torch.zeros(loaded.shape.head_dim + 1, dtype=torch.long) for name in PACKABLE}
     with progress(f"spectrum {config.model.name}", len(samples)) as bar:
         for sample in samples:
             ids = encode_prompt(ready.tokenizer, sample.text)
@@ -168,8 +176,9 @@ def measure_spectrum(config: EvalConfig, asked: Sequence[int]) -> Spectrum:
             for layer in layers:
                 coefficients = session.store.coefficients[layer][0, : len(ids)]
                 found[layer].append(_shares(coefficients, ranks))
-                values = session.store.values[layer][0, :, : len(ids)].bfloat16()
-                strays += stray_counts(values).flatten().bincount(minlength=len(strays))
+                for name, rows in _packable(session.store, layer, len(ids)).items():
+                    own = stray_counts(rows.bfloat16()).flatten()
+                    counts[name] += own.bincount(minlength=len(counts[name])).cpu()
             bar.advance(detail=f"{sample.task} {sample.context_length}")
     facts = {
         "command": list(config.command),
@@ -180,8 +189,20 @@ def measure_spectrum(config: EvalConfig, asked: Sequence[int]) -> Spectrum:
         "environment": environment_of(loaded),
     }
     energies = [_average(found, i, rank, width) for i, rank in enumerate(ranks)]
-    by_count = strays[: int(strays.nonzero().max()) + 1].tolist()
-    return Spectrum(energies, Strays(by_count, MOST_STRAYS), len(samples), facts)
+    strays = {
+        name: Strays(own[: int(own.nonzero().max()) + 1].tolist(), MOST_STRAYS)
+        for name, own in counts.items()
+    }
+    return Spectrum(energies, strays, len(samples), facts)
+
+
+def _packable(store: PromptStore, layer: int, tokens: int) -> dict[str, Tensor]:
+    """Rows of a layer of the first prompt that may be packed, [..., D]."""
+    [(form, landmarks)] = store.landmarks.items()
+    return {
+        "values": store.values[layer][0, :, :tokens],
+        "landmarks": landmarks[layer][0, :, : tokens // form[0]],
+    }
 
 
 def _average(

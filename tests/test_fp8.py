@@ -444,7 +444,7 @@ def test_eval_of_the_demo_model_scores_as_without_fp8(tmp_path: Path) -> None:
             ["--value-dtype", "bf16"],
             "value_dtype of shadowkv must be model or packed or fp8, not 'bf16'",
         ),
-        (["--landmark-dtype", "int8"], "landmark_dtype of shadowkv must be model or fp8"),
+        (["--landmark-dtype", "int8"], "landmark_dtype of shadowkv must be model or packed or fp8"),
         (["--method", "full,oracle", "--value-dtype", "fp8"], "--value-dtype has no effect"),
     ],
 )

@@ -20,7 +20,7 @@ from shadowkv_cli import ops
 from shadowkv_cli.ops import cases, compiled, layer_cases
 from shadowkv_cli.ops.await_rows import Progress
 from shadowkv_cli.ops.fp8 import dequantise
-from shadowkv_cli.ops.packed import MOST_STRAYS, NAN_BYTE, pack, unpack
+from shadowkv_cli.ops.packed import MOST_STRAYS, NAN_BYTE, pack, stray_counts, unpack
 from shadowkv_cli.ops.sizes import Sizes, random_sizes
 
 pytestmark = pytest.mark.gpu
@@ -229,6 +229,44 @@ def test_select_chunks(sizes: Sizes, fp8: bool) -> None:
     assert_selected(kernel("select_chunks", arguments), arguments, sizes)
 
 
+@pytest.mark.parametrize("sizes", SELECTIONS, ids=case_name)
+def test_packed_landmarks_select_as_what_they_stand_for(sizes: Sizes) -> None:
+    """The same products, so the same ids; strays and NaN in what is excluded included."""
+    arguments = cases.select_arguments(replace(sizes, packed=True, dtype=BF16))
+    expected = kernel("select_chunks", arguments | {"landmarks": unpack(arguments["landmarks"])})
+    arguments["done"].zero_()
+    assert torch.equal(kernel("select_chunks", arguments), expected), sizes
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("group", [4, 16])
+@pytest.mark.parametrize("landmarks", [1, 3])  # in one kernel, and in two
+def test_select_chunks_unpacks_every_place(dim: int, group: int, landmarks: int) -> None:
+    """Landmarks of which one element counts, at every place, as a stray or not."""
+    g = torch.Generator(DEVICE).manual_seed(dim)
+    chunks, counts = 4 * dim, torch.arange(4 * dim, device=DEVICE)
+    sizes = Sizes(
+        rows=3, prompts=1, heads=2, group=group, dim=dim, chunks=chunks, wanted=40, poison=False,
+        landmarks=landmarks, chunk_size=landmarks, device=DEVICE,
+    )  # fmt: skip
+    arguments = cases.select_arguments(sizes)
+    held = arguments["landmarks"]
+    exponents = torch.randint(-3, 3, held.shape, generator=g, device=DEVICE)
+    held = torch.randn(held.shape, generator=g, device=DEVICE) * 2.0**exponents
+    large = 2.0 ** torch.randint(11, 15, (chunks,), generator=g, device=DEVICE)
+    held[:, :, counts, :, counts % dim] *= large[None, None, :, None].transpose(0, 2)
+    own, packed = held.to(BF16), None
+    fits = (stray_counts(own) <= MOST_STRAYS)[..., None]
+    own = torch.where(fits, own, torch.ones_like(own))
+    assert float((stray_counts(own) > 0).float().mean()) > 0.02
+    packed = pack(own)
+    arguments["query"][1] = 0
+    arguments["query"][1, :, dim // 3] = 1
+    plain = kernel("select_chunks", arguments | {"landmarks": own})
+    arguments["done"].zero_()
+    assert torch.equal(kernel("select_chunks", arguments | {"landmarks": packed}), plain)
+
+
 @pytest.mark.parametrize("landmarks", [1, 2, 3, 4])
 @pytest.mark.parametrize("budget", [-1, 0, 5, 90_000])
 def test_select_chunks_takes_any_budget(landmarks: int, budget: int) -> None:
@@ -289,17 +327,17 @@ def test_select_chunks_leaves_out_heads_that_are_no_numbers(value: float, landma
     assert (kernel("select_chunks", arguments) == -1).all()
 
 
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("kept_in", KEPT_IN)
 @pytest.mark.parametrize(
     ("rows", "chunks", "group"),
     [(24, 15_360, 4), (48, 3000, 4), (24, 3000, 8), (24, 3000, 16), (8, 15_360, 8), (6, 9000, 16)],
 )
 def test_select_chunks_chooses_beside_others_what_it_chooses_alone(
-    rows: int, chunks: int, group: int, fp8: bool
+    rows: int, chunks: int, group: int, kept_in: str
 ) -> None:
     """More planes than run at once: some rank their chunks, with atomics, while others read."""
     sizes = Sizes(rows=rows, prompts=rows, heads=8, group=group, dim=128, chunks=chunks, wanted=200,
-                  fp8=fp8, poison=False, device=DEVICE)  # fmt: skip
+                  poison=False, device=DEVICE, **KEPT_IN[kept_in])  # fmt: skip
     arguments = cases.select_arguments(sizes)
     own = ("query", "prompt_index", "num_chunks", "excluded", "budget_chunks", "done")
     alone = []
@@ -436,15 +474,15 @@ def test_attention_unpacks_every_element(dim: int, chunk_size: int) -> None:
     g = torch.Generator(DEVICE).manual_seed(dim)
     given = {"generator": g, "device": DEVICE}
     count = 600 * chunk_size
-    top = torch.randint(1, 254, (count, 1), **given)
-    exponents = (top - torch.randint(0, 15, (count, dim), **given)).clamp_min(0)
+    top = torch.randint(1, 127, (count, 1), **given)  # all but the last bit of the exponents
+    upper = (top - torch.randint(0, 8, (count, dim), **given)).clamp_min(0)
     strays = torch.randint(0, MOST_STRAYS + 1, (count,), **given)
     order = torch.rand(count, dim, **given).argsort(1)
-    low = torch.randint(0, 254, (count, dim), **given) % top.clamp_min(1)
-    exponents = torch.where(order < strays[:, None], low, exponents)
-    exponents[order == dim - 2] = 0
-    exponents.scatter_(1, order.argmax(1, keepdim=True), top)
-    bits = exponents << 7 | torch.randint(0, 128, (count, dim), **given)
+    low = torch.randint(0, 127, (count, dim), **given) % top
+    upper = torch.where(order < strays[:, None], low, upper)
+    upper.scatter_(1, order.argmax(1, keepdim=True), top)
+    bits = upper << 8 | torch.randint(0, 256, (count, dim), **given)
+    bits[order == 0] = 0
     bits |= torch.randint(0, 2, (count, dim), **given) << 15
     values = bits.to(torch.int16).view(BF16)
     packed = pack(values)
@@ -694,7 +732,7 @@ def outputs(name: str, arguments: dict[str, Any]) -> list[Tensor]:
     [
         *((name, "model") for name in cases.ARGUMENTS),
         *((name, "fp8") for name in ("fetch_values", "select_chunks", "sparse_attention")),
-        *((name, "packed") for name in ("fetch_values", "sparse_attention")),
+        *((name, "packed") for name in ("fetch_values", "select_chunks", "sparse_attention")),
     ],
 )
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)

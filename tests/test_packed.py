@@ -49,26 +49,25 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 # ---- the format ----
 
 
-def as_written(token: bytes, dim: int) -> list[int]:
+def as_written(row: bytes, dim: int) -> list[int]:
     """The 16 bits of each element, byte by byte as the format is described."""
-    base, count, listed = token[0], token[1], token[2:16]
-    signs, codes = token[16 : 16 + dim], token[16 + dim :]
+    base, count, listed = row[0], row[1], row[2:16]
+    lower, codes = row[16 : 16 + dim], row[16 + dim :]
     found = []
     for place in range(dim):
         group, within = divmod(place, 8)
-        byte = codes[group * 4 + within // 4 + 2 * (within % 2)]
-        code = byte >> 4 if within % 4 >= 2 else byte & 0xF
-        exponent = base + code if code else 0
-        found.append((signs[place] & 0x80) << 8 | exponent << 7 | signs[place] & 0x7F)
+        byte = codes[group * 4 + within % 4]
+        code = byte >> 4 if within >= 4 else byte & 0xF
+        found.append((code & 0x8) << 12 | base + (code & 0x7) << 8 | lower[place])
     for nth in range(count):
-        place, exponent = listed[2 * nth], listed[2 * nth + 1]
-        found[place] = found[place] & 0x807F | exponent << 7
+        place, upper = listed[2 * nth], listed[2 * nth + 1]
+        found[place] = found[place] & 0xFF | upper << 8
     return found
 
 
 def strays_of(bits: list[int]) -> int:
-    exponents = [b >> 7 & 0xFF for b in bits]
-    return sum(0 < e <= max(exponents) - 15 for e in exponents)
+    upper = [b >> 8 & 0x7F for b in bits]
+    return sum(u < max(*upper, 7) - 7 for u in upper)
 
 
 def of_bits(bits: list[int]) -> Tensor:
@@ -96,7 +95,7 @@ def test_a_token_is_packed_to_the_bit_or_refused(bits: list[int]) -> None:
     """By what its exponents are: zeros, subnormal numbers, infinities and NaN included."""
     token = of_bits(bits)
     if (strays := strays_of(bits)) > MOST_STRAYS:
-        with pytest.raises(ShadowKVError, match=f"a token has {strays} elements more than 14"):
+        with pytest.raises(ShadowKVError, match=f"{strays} of {len(bits)} elements that belong"):
             pack(token[None])
         return
     packed = pack(token[None])
@@ -116,19 +115,19 @@ def test_random_values_come_back(dim: int) -> None:
     assert int(packed[..., 1].max()) > 0, "some stray"
 
 
-def test_a_head_at_the_edges_of_the_window() -> None:
-    """The lowest exponent that has a code, the first that strays; the lowest base; all zeros."""
-    one = struct.unpack("<H", b"\x80\x3f")[0]  # 1.0: the exponent 127
-    for exponent, strays in ((127 - 14, 0), (127 - 15, 1), (0, 0), (1, 1)):
+def test_a_row_at_the_edges_of_the_window() -> None:
+    """The lowest exponent that has a code, the first that strays; the lowest base; zeros."""
+    one = struct.unpack("<H", b"\x80\x3f")[0]  # 1.0: the exponent 127, the last bit left out 63
+    for exponent, strays in ((112, 0), (111, 1), (1, 1), (0, 1)):
         bits = [one, exponent << 7 | 5, *[one] * 6]
         packed = pack(of_bits(bits)[None])
         assert int(packed[0, 1]) == strays, exponent
         assert same_bits(unpack(packed)[0], of_bits(bits))
-    for top in (0, 1, 14, 15, 16, 254):
-        bits = [e << 7 for e in range(max(top - 7, 0), top + 1)]
-        bits += [0] * (8 - len(bits))
+    for top in (0, 1, 14, 15, 16, 17, 254):
+        bits = [e << 7 | e for e in range(max(top - 7, 0), top + 1)]
+        bits += [1 << 15] * (8 - len(bits))
         packed = pack(of_bits(bits)[None])
-        assert int(packed[0, 0]) == max(top - 15, 0)
+        assert int(packed[0, 0]) == max(top // 2 - 7, 0)
         assert same_bits(unpack(packed)[0], of_bits(bits)), top
 
 
@@ -138,7 +137,7 @@ def test_any_bytes_are_some_token() -> None:
     packed = torch.randint(0, 256, (3000, packed_width(64)), generator=g, dtype=torch.uint8)
     assert unpack(packed).shape == (3000, 64)
     nothing = unpack(torch.full((2, packed_width(64)), NAN_BYTE, dtype=torch.uint8))
-    assert nothing.isnan().sum() == 64, "every second pair"
+    assert nothing.isnan().sum() == 64, "four of every eight"
 
 
 # ---- the ops ----
@@ -183,7 +182,27 @@ def test_what_is_no_packed_buffer_is_refused(change: dict, words: str) -> None:
     assert words in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["fetch_values", "sparse_attention"])
+@pytest.mark.parametrize("landmarks", [1, 2])
+def test_packed_landmarks_select_as_what_they_stand_for(landmarks: int) -> None:
+    sizes = Sizes(rows=4, dim=64, packed=True, landmarks=landmarks, device="cpu")
+    arguments = cases.select_arguments(sizes)
+    found = ops.select_chunks(**arguments)
+    wide = arguments | {"landmarks": unpack(arguments["landmarks"])}
+    assert torch.equal(found, ops.select_chunks(**wide))
+    assert int((found >= 0).sum()) > 10
+    for change, words in (
+        ({"query": arguments["query"].float()}, "query must be bfloat16 beside packed landmarks"),
+        ({"landmark_scales": torch.ones(1)}, "landmark_scales belong to landmarks in fp8"),
+        (
+            {"landmarks": arguments["landmarks"][..., :64]},
+            r"landmarks must be \[P, Hk, C, L, 112\]",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ops.select_chunks(**arguments | change)
+
+
+@pytest.mark.parametrize("name", ["fetch_values", "select_chunks", "sparse_attention"])
 def test_ops_are_what_they_say(name: str) -> None:
     arguments = cases.ARGUMENTS[name](Sizes(packed=True, device="cpu", poison=False))
     torch.library.opcheck(getattr(torch.ops.shadowkv, name), tuple(arguments.values()))
@@ -252,12 +271,16 @@ def logits_of(*specs: MethodSpec, tokens: int = 403) -> Tensor:
         {},
         {"value_buffer": 2, "value_placement": "host"},
         {"value_buffer": 4, "key_buffer": 2, "value_placement": "host", "resident_layers": 1},
-        {"landmark_dtype": "fp8", "landmarks_per_chunk": 2, "chunk_size": 4},
+        {"landmarks_per_chunk": 2, "chunk_size": 4},
     ],
 )
-def test_decoding_from_packed_values_is_decoding_to_the_bit(fields: dict) -> None:
+@pytest.mark.parametrize("names", [("value",), ("landmark",), ("value", "landmark")], ids=str)
+def test_decoding_from_what_is_packed_is_decoding_to_the_bit(
+    fields: dict, names: tuple[str, ...]
+) -> None:
     exact = logits_of(spec_of(**fields))
-    assert torch.equal(logits_of(spec_of(**fields, value_dtype="packed")), exact)
+    packed = fields | {f"{name}_dtype": "packed" for name in names}
+    assert torch.equal(logits_of(spec_of(**packed)), exact)
 
 
 def test_packed_values_beside_others() -> None:
@@ -292,16 +315,16 @@ def test_a_layer_that_cannot_be_packed_is_refused() -> None:
     store = ValueStore([forms], (1, 1, 40, 16), 40, BF16, torch.device("cpu"))
     v = torch.ones(1, 40, 16, dtype=BF16)
     v[0, 3, :8] = 1e-20
-    with pytest.raises(ShadowKVError, match=r"8 elements more than 14.*use value_dtype=model"):
+    with pytest.raises(ShadowKVError, match=r"8 of 16 elements that belong.*use value_dtype=model"):
         store.add_layer(0, 0, v)
 
 
 def test_what_is_no_bfloat16_is_not_packed() -> None:
     for values in (torch.zeros(3, 16), torch.zeros(3, 12, dtype=BF16)):
-        with pytest.raises(ValueError, match=r"values must be bfloat16 \[..., 8 n\], got"):
+        with pytest.raises(ValueError, match=r"rows must be bfloat16 \[..., 8 n\], got"):
             pack(values)
     assert pack(torch.zeros(0, 16, dtype=BF16)).shape == (0, 40)
-    with pytest.raises(CannotPack, match="below its largest, an infinity or NaN, and 7 fit"):
+    with pytest.raises(CannotPack, match="below the largest, an infinity or NaN, and 7 fit"):
         pack(torch.tensor([[1.0] * 15 + [float("inf")]], dtype=BF16))
 
 

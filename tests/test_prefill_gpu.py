@@ -31,6 +31,7 @@ CELLS = [
     "oracle",
     "streaming",
 ]
+PACKED = "shadowkv:value_placement=host,value_dtype=packed,landmark_dtype=packed"
 
 
 def on_gpu(family: str, dtype: torch.dtype) -> LoadedModel:
@@ -69,7 +70,8 @@ def state_of(session: Session, tokens: int) -> Iterator[tuple[str, Tensor]]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_beside_the_model_or_in_line_nothing_changes(family: str, dtype: torch.dtype) -> None:
-    loaded, specs = on_gpu(family, dtype), build_specs(CELLS, SMALL)
+    cells = [*CELLS, PACKED] if dtype == torch.bfloat16 else CELLS
+    loaded, specs = on_gpu(family, dtype), build_specs(cells, SMALL)
     sessions = [Session(loaded, specs, prompt_tokens=5000, new_tokens=8) for _ in range(2)]
     sessions[1].compress(beside=False)
     for tokens in (4999, 1025, 5000, 333, 2048):

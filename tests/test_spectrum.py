@@ -65,7 +65,13 @@ def test_energies_are_those_of_the_singular_values(
     assert printed["energies"][-1]["kept"] == pytest.approx(1), "32 is the whole width"
 
 
-def test_strays_are_those_of_the_models_values(
+def strays_of(rows: torch.Tensor) -> Counter[int]:
+    """Rows [..., D] by how many of their elements a base and three bits do not tell."""
+    upper = (rows.bfloat16().view(torch.int16) >> 8 & 0x7F).flatten(0, -2).tolist()
+    return Counter(sum(u < max(*row, 7) - 7 for u in row) for row in upper)
+
+
+def test_strays_are_those_of_what_the_model_has(
     tiny_model_folder: Path, ruler_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = ["--model", str(tiny_model_folder), "--data", str(ruler_folder)]
@@ -76,28 +82,28 @@ def test_strays_are_those_of_the_models_values(
     loaded = load_model(ModelChoice(str(tiny_model_folder)))
     with torch.inference_mode():
         held = loaded.model(torch.tensor([ids]), use_cache=True).past_key_values.layers
-    found = Counter(
-        int(sum(0 < e <= max(token) - 15 for e in token))
-        for layer in held
-        for token in (layer.values[0].bfloat16().view(torch.int16) >> 7 & 0xFF)
-        .flatten(0, 1)
-        .tolist()
-    )
-    assert printed["most_that_fit"] == 7
-    assert sum(printed["tokens"]) == sum(found.values())
-    # Another prefill rounds otherwise, so an element at the edge may fall to the other side.
-    for count, tokens in enumerate(printed["tokens"]):
-        assert abs(tokens - found[count]) <= 3, (count, tokens, found)
+    found: dict[str, Counter[int]] = {"values": Counter(), "landmarks": Counter()}
+    for layer in held:
+        keys = layer.keys[0][:, : len(ids) // 8 * 8]
+        found["values"] += strays_of(layer.values[0])
+        found["landmarks"] += strays_of(keys.unflatten(1, (-1, 8)).mean(2))
+    assert set(printed) == set(found)
+    for name, counted in found.items():
+        assert printed[name]["most_that_fit"] == 7
+        assert sum(printed[name]["rows"]) == sum(counted.values())
+        # Another prefill rounds otherwise, so an element at the edge may fall to the other side.
+        for count, rows in enumerate(printed[name]["rows"]):
+            assert abs(rows - counted[count]) <= 3, (name, count, rows, counted)
 
 
 @pytest.mark.parametrize(
     ("tokens", "said"),
-    [([90, 8, 2], "10 of 100 tokens of a KV head have elements that must be listed, 2 at most: 7"),
-     ([5], "0 of 5 tokens of a KV head have elements that must be listed, 0 at most: 7 fit"),
-     ([5, 0, 0, 0, 0, 0, 0, 0, 1], "1 of 6 tokens")],
+    [([90, 8, 2], "values: 10 of 100 of a KV head have elements that must be listed, 2 at most: 7"),
+     ([5], "0 of 5 of a KV head have elements that must be listed, 0 at most: 7 fit"),
+     ([5, 0, 0, 0, 0, 0, 0, 0, 1], "1 of 6 of a KV head")],
 )  # fmt: skip
 def test_what_is_said_of_strays(tokens: list[int], said: str) -> None:
-    note = Strays(tokens, 7).note()
+    note = Strays(tokens, 7).note("values")
     assert said in note
     assert note.endswith("they do not fit." if len(tokens) > 8 else "7 fit.")
 

@@ -36,7 +36,7 @@ __device__ inline void widen_values(T* tile, float scale) {
 }
 
 /// Where a packed token's piece of 16 bytes waits in its row: the header behind the row's elements,
-/// signs and mantissas in its second half, codes in its second quarter.
+/// lower bytes in its second half, codes in its second quarter.
 template <int D>
 __device__ inline int packed_place(int piece) {
   const int end = PACKED_HEADER_BYTES * (piece - 1);
@@ -53,16 +53,16 @@ __device__ inline void unpack_values(__nv_bfloat16* tile, float scale) {
   if (!__any_sync(ALL_LANES, is_packed)) return;
   char* row = reinterpret_cast<char*>(tile + token * STRIDE);
   const auto* header = reinterpret_cast<const uint8_t*>(row + packed_place<D>(0));
-  uint4 signs[WORDS];
+  uint4 lower[WORDS];
   uint2 codes[WORDS];
   uint32_t base = 0;
   int strays = 0;
   if (is_packed) {
-    base = header[0];
-    strays = min(static_cast<int>(header[1]), MOST_STRAYS);
+    const uint32_t first = *reinterpret_cast<const uint32_t*>(header);
+    base = packed_base(first), strays = packed_strays(first);
 #pragma unroll
     for (int w = 0; w < WORDS; ++w) {
-      signs[w] = reinterpret_cast<const uint4*>(row + D)[half * WORDS + w];
+      lower[w] = reinterpret_cast<const uint4*>(row + D)[half * WORDS + w];
       codes[w] = reinterpret_cast<const uint2*>(row + D / 2)[half * WORDS + w];
     }
   }
@@ -71,19 +71,16 @@ __device__ inline void unpack_values(__nv_bfloat16* tile, float scale) {
     auto* to = reinterpret_cast<uint4*>(row + half * D);
 #pragma unroll
     for (int w = 0; w < WORDS; ++w) {
-      to[2 * w] = unpack_eight(signs[w].x, signs[w].y, codes[w].x, base);
-      to[2 * w + 1] = unpack_eight(signs[w].z, signs[w].w, codes[w].y, base);
+      to[2 * w] = unpack_eight(lower[w].x, lower[w].y, codes[w].x, base);
+      to[2 * w + 1] = unpack_eight(lower[w].z, lower[w].w, codes[w].y, base);
     }
   }
   __syncwarp();
   if (!__any_sync(ALL_LANES, strays > 0)) return;
   if (half == 0) {
-    auto* elements = reinterpret_cast<uint16_t*>(row);
     for (int s = 0; s < strays; ++s) {
-      const int place = header[2 + 2 * s], exponent = header[3 + 2 * s];
-      if (place < D) {
-        elements[place] = static_cast<uint16_t>((elements[place] & 0x807f) | exponent << 7);
-      }
+      const int place = header[2 + 2 * s];
+      if (place < D) row[2 * place + 1] = static_cast<char>(header[3 + 2 * s]);
     }
   }
   __syncwarp();

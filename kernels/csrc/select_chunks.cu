@@ -27,9 +27,21 @@ void check_contiguous(const char* op, const char* name, const Tensor& t) {
   }
 }
 
+bool are_packed(const Tensor& landmarks) {
+  return landmarks.scalar_type() == ScalarType::Byte;
+}
+
 void check_landmarks(const char* op, const Tensor& landmarks, const std::optional<Tensor>& scales,
                      const Tensor& query) {
-  if (scales) {
+  const int64_t dim = query.size(2);
+  const int64_t width = are_packed(landmarks) ? PACKED_HEADER_BYTES + dim * 3 / 2 : dim;
+  check_sizes(landmarks, op, "landmarks", {-1, -1, -1, -1, width});
+  if (are_packed(landmarks)) {
+    SHADOWKV_CHECK(!scales, op, "landmark_scales belong to landmarks in fp8");
+    check_dtype(query, op, "query", ScalarType::BFloat16, "bfloat16 beside packed landmarks");
+    check_words(landmarks, op, "landmarks", landmarks);
+    check_device(landmarks, op, "landmarks", query);
+  } else if (scales) {
     check_dtype(landmarks, op, "landmarks", ScalarType::Float8_e4m3fn, "float8_e4m3fn with scales");
     check_words(landmarks, op, "landmarks", landmarks);
     check_device(landmarks, op, "landmarks", query);
@@ -128,24 +140,33 @@ bool launch_cluster(SelectParams& p, std::optional<int64_t> begun, const Device&
 
 /// Select in one kernel; false where that takes what is not there: clusters, 16-bit queries, 1, 2 or
 /// 4 landmarks a chunk that lie at multiples of 16 bytes, and logits that fit shared memory.
-template <typename T, int D>
+template <typename T, typename Stored, int D>
 bool select_at_once(SelectParams& p, std::optional<int64_t> begun, const Device& device) {
   if constexpr (sizeof(T) == 4) {
     return false;
   } else {
     if (p.chunks > MOST_CLUSTER_CHUNKS) return false;
     if (p.per_chunk != 1 && p.per_chunk != 2 && p.per_chunk != 4) return false;
-    const int64_t size = p.scales ? 1 : sizeof(T);
+    const int64_t size = sizeof(Stored);
     const int64_t places = reinterpret_cast<int64_t>(p.landmarks) | p.landmark_prompt * size |
                            p.landmark_head * size;
     if (places % 16 != 0) return false;  // They are copied in bulk.
-    if (p.group > 8) {
-      return p.scales ? launch_cluster<T, Fp8, D, 2>(p, begun, device)
-                      : launch_cluster<T, T, D, 2>(p, begun, device);
-    }
-    return p.scales ? launch_cluster<T, Fp8, D, 1>(p, begun, device)
-                    : launch_cluster<T, T, D, 1>(p, begun, device);
+    return p.group > 8 ? launch_cluster<T, Stored, D, 2>(p, begun, device)
+                       : launch_cluster<T, Stored, D, 1>(p, begun, device);
   }
+}
+
+/// Call f(Type<T>{}, Type<Stored>{}, integral_constant<int, D>{}).
+template <typename F>
+void dispatch_landmarks(const char* op, const Tensor& query, bool in_fp8, bool packed, F&& f) {
+  dispatch(op, query.scalar_type(), query.size(2), [&](auto type, auto head_dim) {
+    using T = typename decltype(type)::type;
+    if (in_fp8) return f(type, Type<Fp8>{}, head_dim);
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      if (packed) return f(type, Type<Packed>{}, head_dim);
+    }
+    return f(type, type, head_dim);
+  });
 }
 
 }  // namespace
@@ -156,12 +177,11 @@ Tensor select_chunks(Tensor query, Tensor landmarks, std::optional<Tensor> landm
                      std::optional<int64_t> begun) {
   constexpr const char* op = "select_chunks";
   check_sizes(query, op, "query", {-1, -1, -1});
-  const int64_t rows = query.size(0), q_heads = query.size(1), dim = query.size(2);
-  check_sizes(landmarks, op, "landmarks", {-1, -1, -1, -1, dim});
-  const int64_t heads = landmarks.size(1), chunks = landmarks.size(2), parts = landmarks.size(3);
+  const int64_t rows = query.size(0), q_heads = query.size(1);
   const Device device(query, op, "query");
   query = dense_query(query);
   check_landmarks(op, landmarks, landmark_scales, query);
+  const int64_t heads = landmarks.size(1), chunks = landmarks.size(2), parts = landmarks.size(3);
   check_table(prompt_index, op, "prompt_index", query, {rows});
   check_table(num_chunks, op, "num_chunks", query, {rows});
   check_table(budget_chunks, op, "budget_chunks", query, {rows});
@@ -208,10 +228,11 @@ Tensor select_chunks(Tensor query, Tensor landmarks, std::optional<Tensor> landm
   p.ids = static_cast<int*>(ids.data_ptr());
   p.done = done ? static_cast<int*>(done->data_ptr()) : nullptr;
 
+  const bool in_fp8 = landmark_scales.has_value(), packed = are_packed(landmarks);
   bool at_once = false;
-  dispatch(op, query.scalar_type(), dim, [&](auto type, auto head_dim) {
-    using T = typename decltype(type)::type;
-    at_once = select_at_once<T, decltype(head_dim)::value>(p, begun, device);
+  dispatch_landmarks(op, query, in_fp8, packed, [&](auto type, auto stored, auto head_dim) {
+    at_once = select_at_once<typename decltype(type)::type, typename decltype(stored)::type,
+                             decltype(head_dim)::value>(p, begun, device);
   });
   if (at_once) return ids;
 
@@ -224,15 +245,10 @@ Tensor select_chunks(Tensor query, Tensor landmarks, std::optional<Tensor> landm
   p.totals = static_cast<float2*>(totals.data_ptr());
   p.keys = static_cast<uint32_t*>(keys.data_ptr());
 
-  dispatch(op, query.scalar_type(), dim, [&](auto type, auto head_dim) {
-    using T = typename decltype(type)::type;
-    constexpr int D = decltype(head_dim)::value;
+  dispatch_landmarks(op, query, in_fp8, packed, [&](auto type, auto stored, auto head_dim) {
     if (p.segments == 0) return;
-    if (p.scales) {
-      launch_scores<T, Fp8, D>(p, rows, device);
-    } else {
-      launch_scores<T, T, D>(p, rows, device);
-    }
+    launch_scores<typename decltype(type)::type, typename decltype(stored)::type,
+                  decltype(head_dim)::value>(p, rows, device);
   });
   if (in_shared) {
     launch_best<true>(p, rows, device);

@@ -43,12 +43,16 @@ struct alignas(16) RankRoom {
   int rehearsed[REHEARSED];  // ids that nobody wants
 };
 
+/// What a scoring warp has for itself.
+struct alignas(16) ScorerRoom {
+  char ring[CLUSTER_WARP_BYTES];  // landmarks on their way; the scales of those in 8 bits
+  uint64_t arrived[MOST_CLUSTER_STAGES];
+};
+
 /// Behind it lie logits, `buffers` of [G, share_stride], planes in turns; and keys of each part.
 struct alignas(128) ClusterRoom {
-  char ring[SCORERS][CLUSTER_WARP_BYTES];                       // landmarks on their way
-  float scales[SCORERS][CLUSTER_STAGES][MOST_STAGE_LANDMARKS];  // of those in 8 bits
+  ScorerRoom scorers[SCORERS];
   RankRoom parts[RANK_PARTS];
-  uint64_t arrived[SCORERS][CLUSTER_STAGES];
   uint64_t scored[2], ranked[2];  // of every other plane: logits are there, nobody needs them
 };
 

@@ -9,7 +9,7 @@ namespace shadowkv {
 
 struct SelectParams {
   const void* query;      // [R, Hq, D], contiguous
-  const void* landmarks;  // [P, Hk, C, L, D], contiguous from C on
+  const void* landmarks;  // [P, Hk, C, L, D], packed [P, Hk, C, L, W], contiguous from C on
   const float* scales;    // [P, Hk, C, L], contiguous from C on: of landmarks in 8 bits, or null
   int64_t landmark_prompt, landmark_head, scale_prompt, scale_head;
   bool scales_in_words;     // those of a plane begin at a multiple of 16 bytes
@@ -48,10 +48,9 @@ constexpr int RANK_THREADS = 128, RANK_PARTS = 2, SCORERS = 8;
 constexpr int CLUSTER_THREADS = RANK_PARTS * RANK_THREADS + SCORERS * 32;
 /// The registers of a thread are those that so many threads would have: kernels beside it need some.
 constexpr int MOST_REGISTER_THREADS = 768;
-/// Bytes of landmarks that a scoring warp has under way: of a stage, and of all.
-constexpr int CLUSTER_STAGE_BYTES = 2048, CLUSTER_STAGES = 3;
-constexpr int CLUSTER_WARP_BYTES = CLUSTER_STAGES * CLUSTER_STAGE_BYTES;
-constexpr int MOST_STAGE_LANDMARKS = CLUSTER_STAGE_BYTES / 64;
+/// Bytes that a scoring warp has under way, landmarks and scales, in so many stages at most. With
+/// more, two buffers of logits and kernels beside it do not fit at 122,880 tokens.
+constexpr int CLUSTER_WARP_BYTES = 6656, MOST_CLUSTER_STAGES = 3;
 constexpr int REHEARSED = 8;  // chunks
 constexpr int MOST_CLUSTER_CHUNKS = (1 << 16) - 1;
 constexpr int MOST_SHARE = 64 * RANK_THREADS;  // chunks of a block: a thread's have a bit each

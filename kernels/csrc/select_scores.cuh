@@ -15,11 +15,11 @@ template <typename T, typename Stored, int D>
 __device__ void score_landmarks(const SelectParams& p, const T* queries, const Stored* landmarks,
                                 int count, float* scores) {
   using Product = ProductOf<T, Stored>;
-  using Piece = Pieces<Stored, D>;
-  constexpr int STEPS = Piece::DIMS / 4;
+  using Piece = Pieces<Loaded<Stored>, D>;
+  constexpr int STEPS = Piece::DIMS / 4, WIDTH = LANDMARK_WIDTH<Stored, D>;
   const int lane = threadIdx.x % 32, quad = lane % 4;
   uint32_t query[D / 16][4];
-  load_queries<T, Stored, D, 2>(queries, p.group, query);
+  load_queries<T, Loaded<Stored>, D, 2>(queries, p.group, query);
   constexpr int TILES = Piece::TILES;
   const uint64_t policy = evict_first();
   for (int first = threadIdx.x / 32 * TILES * 8; first < count; first += SCORE_WARPS * TILES * 8) {
@@ -28,10 +28,16 @@ __device__ void score_landmarks(const SelectParams& p, const T* queries, const S
     for (int n = 0; n < TILES; ++n) {
       // Beyond the last landmark the last one is read again; its logits are never looked at.
       const Stored* row =
-          landmarks + static_cast<int64_t>(min(first + n * 8 + lane / 4, count - 1)) * D;
+          landmarks + static_cast<int64_t>(min(first + n * 8 + lane / 4, count - 1)) * WIDTH;
+      if constexpr (IS_PACKED<Stored>) {
+        const PackedRow<D, const Packed*> packed(row);
 #pragma unroll
-      for (int j = 0; j < Piece::COUNT; ++j) {
-        Piece::load(row + (j * 4 + quad) * Piece::DIMS, policy, words[n][j]);
+        for (int j = 0; j < Piece::COUNT; ++j) packed.template eight<true>(j, words[n][j]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < Piece::COUNT; ++j) {
+          Piece::load(row + (j * 4 + quad) * Piece::DIMS, policy, words[n][j]);
+        }
       }
     }
 #pragma unroll
@@ -109,8 +115,10 @@ __global__ void __launch_bounds__(SCORE_WARPS * 32)
   const int end = min(first + p.segment_chunks, min(p.num_chunks[r], p.chunks));
   const int count = max(end - first, 0);
   const T* queries = static_cast<const T*>(p.query) + first_head * D;
-  const Stored* landmarks = static_cast<const Stored*>(p.landmarks) + prompt * p.landmark_prompt +
-                            head * p.landmark_head + static_cast<int64_t>(first) * p.per_chunk * D;
+  const Stored* landmarks =
+      static_cast<const Stored*>(p.landmarks) + prompt * p.landmark_prompt +
+      head * p.landmark_head +
+      static_cast<int64_t>(first) * p.per_chunk * LANDMARK_WIDTH<Stored, D>;
   if constexpr (sizeof(T) == 4) {
     score_landmarks_float<Stored, D>(p, queries, landmarks, count * p.per_chunk, scores);
   } else {

@@ -47,10 +47,11 @@ FROM_HOST_PACKED, SPARSE_PACKED = "fetch_values (host, packed)", "sparse_attenti
 WAITING = {"await_rows"}
 """What moves nothing."""
 SELECT_FP8, SPARSE_FP8 = "select_chunks (fp8)", "sparse_attention (fp8)"
+SELECT_PACKED = "select_chunks (packed)"
 SDPA_FLASH = "full_attention (SDPA flash)"
 VARIANTS = (
     *(FROM_HOST, FROM_HOST_FP8, FROM_HOST_PACKED),
-    *(SELECT_FP8, SPARSE_FP8, SPARSE_PACKED, SDPA_FLASH),
+    *(SELECT_FP8, SELECT_PACKED, SPARSE_FP8, SPARSE_PACKED, SDPA_FLASH),
 )
 """Ops whose inputs lie elsewhere or in another dtype, and what stands beside one of ours."""
 
@@ -101,6 +102,7 @@ def moved_bytes(op: str, s: Sizes) -> float:
         "build_landmarks": s.heads * (s.tokens + s.chunks) * token,
         "select_chunks": planes * s.chunks * (token * s.landmarks + 1),
         SELECT_FP8: planes * s.chunks * ((s.dim + 4) * s.landmarks + 1),
+        SELECT_PACKED: planes * s.chunks * (packed_width(s.dim) * s.landmarks + 1),
         "update_residency": planes * (s.wanted * 9 + s.slots * 8),
         "fetch_values": 2 * missed * token,
         FROM_HOST: missed * token,

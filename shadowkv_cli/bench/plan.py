@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec, SparseSpec, value_bytes
+from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec, SparseSpec, row_bytes
 
 if TYPE_CHECKING:
     from shadowkv_cli.bench.probes import Probe
@@ -111,7 +111,7 @@ def phase_bytes(
     found["attention"] = 2 * planes * kept.tokens * token
     if isinstance(spec, ShadowKVSpec):
         # Those of chunks; the fixed part has the model's.
-        saved = token - value_bytes(spec.value_dtype, shape)
+        saved = token - row_bytes(spec.value_dtype, shape)
         found["attention"] -= planes * kept.selected_tokens * saved
         missing = planes * kept.selected_tokens * (1 - hit_rate)
         found["select"] = batch * shape.num_layers * spec.landmark_bytes(shape, prompt_tokens)

@@ -108,7 +108,7 @@ def draw_case(draws: random.Random, shape: ModelShape, longest: int) -> SoakCase
         "value_buffer": value_buffer,
         "key_buffer": key_buffer,
         "value_dtype": draws.choice(("model", packed, "fp8")),
-        "landmark_dtype": draws.choice(("model", "model", "fp8")),
+        "landmark_dtype": draws.choice(("model", packed, "fp8")),
         "resident_layers": draws.choice((0, 0, 1)) if placement == "host" else 0,
     }
     batch = draws.randint(1, MOST_ROWS)

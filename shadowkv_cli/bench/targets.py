@@ -53,7 +53,7 @@ class Cell:
         rule: of the batch.
         hits: that the cell was driven to.
         buffer: of values, as a multiple of the selection; None: any.
-        values, landmarks: their dtypes, `model` or `fp8`; values may be `packed`.
+        values, landmarks: their dtypes: `model`, `packed` or `fp8`.
         budget, landmarks_per_chunk: as the settings have them.
         length: tokens of context.
     """
@@ -166,6 +166,10 @@ TARGETS: Sequence[DecodeTarget] = (
     _ratio("exact bf16, LRU buffer of 4 times, hits driven to 88 %", 6.5, buffer=4.0),
     _ratio("exact bf16, values packed, 60 %", None, hits=0.59, values="packed"),
     _ratio("exact bf16, values packed, 88 %", None, buffer=4.0, values="packed"),
+    _ratio("exact bf16, values and landmarks packed, 60 %", None, hits=0.59, values="packed",
+           landmarks="packed"),
+    _ratio("exact bf16, values and landmarks packed, 88 %", None, buffer=4.0, values="packed",
+           landmarks="packed"),
     _ratio("values fp8, 88 %", 8.5, values="fp8"),
     _ratio("values and landmarks fp8, 88 %", 11.0, values="fp8", landmarks="fp8"),
     _ratio("two landmarks a chunk, all fp8, budget 1,024, 88 %", None, values="fp8",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shadowkv_cli import ops
-from shadowkv_cli.config import Kept, ShadowKVSpec, SparseSpec, ValueDtype
+from shadowkv_cli.config import Kept, ShadowKVSpec, SparseSpec, StoredDtype
 from shadowkv_cli.methods.base import Row
 from shadowkv_cli.methods.side_stream import SideStream
 from shadowkv_cli.methods.sparse import Placed, SparseGroup
@@ -48,7 +48,7 @@ class ShadowKVGroup(SparseGroup):
         self.excluded = [excluded[index] for excluded in self.excluded]
 
     @property
-    def value_dtype(self) -> ValueDtype:
+    def value_dtype(self) -> StoredDtype:
         first = self.specs[0]
         assert isinstance(first, ShadowKVSpec)
         return first.value_dtype

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shadowkv_cli import ops
-from shadowkv_cli.config import Kept, SparseSpec, ValueDtype, buffer_slots, packed_width
+from shadowkv_cli.config import Kept, SparseSpec, StoredDtype, buffer_slots, packed_width
 from shadowkv_cli.methods.base import Group, Row
 from shadowkv_cli.methods.side_stream import (
     FIRST,
@@ -188,7 +188,7 @@ class SparseGroup(Group):
         return spec.keeps(prompt_tokens)
 
     @property
-    def value_dtype(self) -> ValueDtype:
+    def value_dtype(self) -> StoredDtype:
         """What the buffer of values holds; other than the model's, it stands for itself."""
         return "model"
 

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from shadowkv_cli import ops
-from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec, StoredDtype, ValueForm
+from shadowkv_cli.config import (
+    MethodSpec,
+    ModelShape,
+    ShadowKVSpec,
+    StoredDtype,
+    ValueForm,
+    packed_width,
+)
 from shadowkv_cli.methods.low_rank import (
     WIDEST_WHOLE,
     Method,
@@ -20,6 +27,7 @@ from shadowkv_cli.methods.low_rank import (
 from shadowkv_cli.methods.tiles import tiles
 from shadowkv_cli.methods.value_store import EXACT, ValueStore
 from shadowkv_cli.ops.fp8 import FP8, quantise
+from shadowkv_cli.ops.packed import pack
 from shadowkv_cli.ops.rotary import unrotate
 
 
@@ -112,7 +120,7 @@ class PromptStore:
         keys: [P, Hk, S', D] a layer, with room for what full attention generates; or none.
         values: exact values beside the model, of the same shape, by layer; or none.
         value_store: values in every form that is wanted, those included.
-        landmarks: [P, Hk, C, L, D] by form and layer.
+        landmarks: [P, Hk, C, L, D] by form and layer, of packed ones [P, Hk, C, L, W].
         landmark_scales: of those in fp8, float32 [P, Hk, C, L].
         similarity: float32 [Hk, C] by chunk size, of the prompt and layer taken in last.
     """
@@ -152,7 +160,9 @@ class PromptStore:
         self.landmark_scales: dict[LandmarkForm, list[Tensor]] = {}
         for form in needs.landmarks:
             chunks = (prompts, heads, tokens // form[0], form[1])
-            self.landmarks[form] = empty(*chunks, dim, dtype=FP8 if form[2] == "fp8" else dtype)
+            width = packed_width(dim) if form[2] == "packed" else dim
+            kept_in = {"model": dtype, "packed": torch.uint8, "fp8": FP8}[form[2]]
+            self.landmarks[form] = empty(*chunks, width, dtype=kept_in)
             if form[2] == "fp8":
                 self.landmark_scales[form] = [
                     empty_in_words(*chunks, dtype=torch.float32, device=device) for _ in layers
@@ -185,6 +195,8 @@ class PromptStore:
         means, self.similarity[size] = ops.build_landmarks(k, size, count)
         if kept_in == "fp8":
             means, self.landmark_scales[form][layer][here] = quantise(means, 1)
+        if kept_in == "packed":
+            means = pack(means)
         self.landmarks[form][layer][here] = means
 
     def _add_low_rank(self, layer: int, prompt: Prompt, k: Tensor) -> None:

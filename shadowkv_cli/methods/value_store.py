@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shadowkv_cli.config import ValueDtype, ValueForm, packed_width
+from shadowkv_cli.config import StoredDtype, ValueForm, packed_width
 from shadowkv_cli.methods.pinned import HostMemory
 from shadowkv_cli.ops.fp8 import FP8, quantise
 from shadowkv_cli.ops.packed import pack
@@ -73,7 +73,7 @@ class ValueStore:
 
         Raises CannotPack where they cannot be packed to the bit.
         """
-        sources: dict[tuple[ValueDtype, int | None], Tensor] = {("model", None): v}
+        sources: dict[tuple[StoredDtype, int | None], Tensor] = {("model", None): v}
         for form, by_layer in self.held.items():
             if layer not in by_layer:
                 continue

@@ -54,7 +54,7 @@ def blaming(suspects: Sequence[MethodSpec]) -> Iterator[None]:
     try:
         yield
     except CannotPack as error:
-        packed = [s for s in suspects if isinstance(s, ShadowKVSpec) and s.value_dtype == "packed"]
+        packed = [s for s in suspects if isinstance(s, ShadowKVSpec) and s.packs]
         raise MethodFailure(packed, one_line(error)) from error
     except (RuntimeError, ValueError) as error:
         raise MethodFailure(

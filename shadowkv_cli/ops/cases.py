@@ -89,6 +89,8 @@ def select_arguments(s: Sizes) -> Arguments:
     scales: Tensor | None = None
     if s.fp8:
         landmarks, scales = quantise(landmarks, 1)
+    if s.packed:
+        landmarks = pack(landmarks)
     return {
         "query": s.normal(g, s.rows, s.heads * s.group, s.dim),
         "landmarks": landmarks,

@@ -35,7 +35,7 @@ ODD_SIZES = [
 OF_ONE_SIZE = {"await_rows"}
 RUNS = [(SIZES[0], name) for name in OF_ONE_SIZE]
 RUNS += [(sizes, name) for sizes in SIZES for name in cases.ARGUMENTS.keys() - OF_ONE_SIZE]
-RUNS += [(PACKED, name) for name in ("fetch_values", "sparse_attention")]
+RUNS += [(PACKED, name) for name in ("select_chunks", "sparse_attention")]
 ODD_RUNS = [(sizes, name) for sizes in ODD_SIZES for name in layer_cases.ANY_SIZE]
 
 

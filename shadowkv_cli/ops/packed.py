@@ -1,18 +1,19 @@
-"""bfloat16 in some 13 bits an element, the same to the bit: how values may be stored.
+"""bfloat16 in some 13 bits an element, the same to the bit: how values and landmarks may be stored.
 
-The 8 bits of an exponent hold little: most elements of a token's value lie within 15 binary orders
-of its largest one. So 4 bits tell how far an exponent is above a base of the token, and the few
-that lie below are listed. A token of a KV head becomes `packed_width` bytes:
+The upper byte of an element, its sign and all but the last bit of its exponent, holds little: most
+elements of a row lie within 15 binary orders of its largest one. So a sign and three bits tell how
+far the exponent is above a base of the row, and the few elements that lie below are listed. A row,
+a token of a KV head or a landmark, becomes `packed_width` bytes:
 
-    1           the base: an element of code c > 0 has the exponent base + c
+    1           the base
     1           how many strays follow, at most MOST_STRAYS
-    2 each      a stray's place among the D, and its exponent; zeros where there is none
-    D           sign and mantissa of each element
-    D / 2       codes, eight elements in four bytes: 0 and 2, 4 and 6, 1 and 3, 5 and 7, the first
-                in the lower half of its byte
+    2 each      a stray's place among the D, and its upper byte; zeros where there is none
+    D           the lower byte of each element: the last bit of its exponent, and its mantissa
+    D / 2       a sign, and three bits that the base is added to; eight elements in four bytes, the
+                first four in the lower halves of these, the others in the upper ones
 
-Code 0 is the exponent 0, of zeros and subnormal numbers, or a stray's. Beside an infinity or NaN
-all else strays, so a token that holds one is refused. A token needs nothing but its own bytes.
+Zeros stray, too, and beside an infinity or NaN all else does: a row with more than MOST_STRAYS is
+refused. A row needs nothing but its own bytes.
 """
 
 from __future__ import annotations
@@ -30,79 +31,83 @@ class CannotPack(ShadowKVError):
 
 
 MOST_STRAYS = (PACKED_HEADER_BYTES - 2) // 2
-HIGHEST_CODE = 15
-NOT_FINITE = 255
-"""The exponent of infinities and NaN."""
-NAN_BYTE = 0xF0
-"""A token of such bytes alone stands for NaN in every second pair."""
-_LOWER, _UPPER = (0, 4, 1, 5), (2, 6, 3, 7)
-"""Of eight elements, whose codes lie in the halves of the four bytes."""
+HIGHEST_CODE = 7
+NOT_FINITE = 127
+"""The upper bits of the exponent of infinities and NaN."""
+NAN_BYTE = 0xF8
+"""A row of such bytes alone stands for NaN in the last four of every eight elements."""
 
 
-def pack(values: Tensor) -> Tensor:
-    """Pack values to the bit.
+def pack(rows: Tensor) -> Tensor:
+    """Pack rows to the bit.
 
     Args:
-        values: bfloat16 [..., D], D a multiple of 8.
+        rows: bfloat16 [..., D], D a multiple of 8.
 
     Returns:
         uint8 [..., packed_width(D)].
 
     Raises:
         ValueError: no bfloat16, or no such D.
-        CannotPack: a token has more strays than fit. To know it the host waits for a GPU.
+        CannotPack: a row has more strays than fit. To know it the host waits for a GPU.
     """
-    dim = values.shape[-1]
-    fits = dim % 8 == 0 and values.dtype == torch.bfloat16
-    check(fits, "pack", f"values must be bfloat16 [..., 8 n], got {values.dtype} [..., {dim}]")
-    bits = values.contiguous().view(torch.int16).flatten(0, -2)  # [T, D]
-    exponents = (bits >> 7 & 0xFF).to(torch.uint8)
+    dim = rows.shape[-1]
+    fits = dim % 8 == 0 and rows.dtype == torch.bfloat16
+    check(fits, "pack", f"rows must be bfloat16 [..., 8 n], got {rows.dtype} [..., {dim}]")
+    bits = rows.contiguous().view(torch.int16).flatten(0, -2)  # [T, D]
+    exponents = _exponents(bits)
     base = _base(exponents)
-    near = exponents > base
-    strays = (~near & (exponents != 0)).nonzero()  # [M, 2]: in the order of tokens, then of places
+    near = exponents >= base
+    strays = (~near).nonzero()  # [M, 2]: in the order of rows, then of places
     out = bits.new_zeros(len(bits), packed_width(dim), dtype=torch.uint8)
     out[:, :1] = base
     if len(strays):
-        _list_strays(out, strays, exponents)
+        _list_strays(out, strays, bits)
     fields = out[:, PACKED_HEADER_BYTES:]
-    fields[:, :dim] = (bits >> 8 & 0x80 | bits & 0x7F).to(torch.uint8)
-    codes = torch.where(near, exponents - base, 0).unflatten(-1, (-1, 8))
-    fields[:, dim:] = (codes[..., _LOWER] | codes[..., _UPPER] << 4).flatten(1)
-    return out.view(*values.shape[:-1], packed_width(dim))
+    fields[:, :dim] = (bits & 0xFF).to(torch.uint8)
+    signs = (bits >> 12 & 0x8).to(torch.uint8)
+    codes = (torch.where(near, exponents - base, 0) | signs).unflatten(-1, (-1, 2, 4))
+    fields[:, dim:] = (codes[..., 0, :] | codes[..., 1, :] << 4).flatten(1)
+    return out.view(*rows.shape[:-1], packed_width(dim))
 
 
-def stray_counts(values: Tensor) -> Tensor:
-    """Elements of each token that no code tells: int64 [...] of bfloat16 [..., D].
+def stray_counts(rows: Tensor) -> Tensor:
+    """Elements of each row that no code tells: int64 [...] of bfloat16 [..., D].
 
-    `pack` refuses tokens of more than MOST_STRAYS.
+    `pack` refuses rows of more than MOST_STRAYS.
     """
-    exponents = (values.view(torch.int16) >> 7 & 0xFF).to(torch.uint8)
-    return ((exponents != 0) & (exponents <= _base(exponents))).sum(-1)
+    exponents = _exponents(rows.view(torch.int16))
+    return (exponents < _base(exponents)).sum(-1)
+
+
+def _exponents(bits: Tensor) -> Tensor:
+    """All but the last bit of the exponents, uint8."""
+    return (bits >> 8 & 0x7F).to(torch.uint8)
 
 
 def _base(exponents: Tensor) -> Tensor:
-    """[..., 1]: elements with exponents above it have codes."""
+    """[..., 1]: elements from there on have codes."""
     return exponents.amax(-1, keepdim=True).clamp_min(HIGHEST_CODE) - HIGHEST_CODE
 
 
-def _list_strays(out: Tensor, strays: Tensor, exponents: Tensor) -> None:
-    """Write the strays [M, 2] of tokens and places into the heads of what is packed."""
-    token, place = strays.unbind(1)
-    counts = torch.bincount(token, minlength=len(out))
+def _list_strays(out: Tensor, strays: Tensor, bits: Tensor) -> None:
+    """Write the strays [M, 2] of rows and places into the heads of what is packed."""
+    row, place = strays.unbind(1)
+    counts = torch.bincount(row, minlength=len(out))
     most = int(counts.max())
     if most > MOST_STRAYS:
-        worst = exponents[counts.argmax()]
+        worst = _exponents(bits[counts.argmax()])
         which = ", an infinity or NaN" if int(worst.max()) == NOT_FINITE else ""
         raise CannotPack(
-            f"values cannot be packed to the bit: a token has {most} elements more than "
-            f"{HIGHEST_CODE - 1} binary orders below its largest{which}, and {MOST_STRAYS} fit: "
-            "use value_dtype=model."
+            f"bfloat16 cannot be packed to the bit: {most} of {bits.shape[1]} elements that belong "
+            f"together are zero or some 15 binary orders below the largest{which}, and "
+            f"{MOST_STRAYS} fit: use value_dtype=model and landmark_dtype=model."
         )
     out[:, 1] = counts.to(torch.uint8)
     before = torch.cumsum(counts, 0) - counts
-    at = 2 + 2 * (torch.arange(len(token), device=out.device) - before[token])
-    out[token, at] = place.to(torch.uint8)
-    out[token, at + 1] = exponents[token, place]
+    at = 2 + 2 * (torch.arange(len(row), device=out.device) - before[row])
+    out[row, at] = place.to(torch.uint8)
+    out[row, at + 1] = (bits[row, place] >> 8 & 0xFF).to(torch.uint8)
 
 
 def unpack(packed: Tensor) -> Tensor:
@@ -112,16 +117,14 @@ def unpack(packed: Tensor) -> Tensor:
     """
     dim = (packed.shape[-1] - PACKED_HEADER_BYTES) * 2 // 3
     flat = packed.flatten(0, -2)
-    head, rest = flat[:, :PACKED_HEADER_BYTES], flat[:, PACKED_HEADER_BYTES:].to(torch.int16)
-    pairs = rest[:, dim:].unflatten(-1, (-1, 4))
-    codes = rest.new_empty(len(flat), dim // 8, 8)
-    codes[..., _LOWER], codes[..., _UPPER] = pairs & 0xF, pairs >> 4
-    codes = codes.flatten(1)
-    exponents = torch.where(codes > 0, codes + head[:, :1] & 0xFF, 0)
-    listed = head[:, 2:].unflatten(-1, (MOST_STRAYS, 2)).long()
+    head, rest = flat[:, :PACKED_HEADER_BYTES], flat[:, PACKED_HEADER_BYTES:]
+    pairs = rest[:, dim:].unflatten(-1, (-1, 1, 4))
+    codes = torch.cat((pairs & 0xF, pairs >> 4), -2).flatten(1)  # [T, D]
+    upper = (codes & 0x7) + head[:, :1] | (codes & 0x8) << 4
+    listed = head[:, 2:].unflatten(-1, (MOST_STRAYS, 2))
     there = torch.arange(MOST_STRAYS, device=flat.device) < head[:, 1:2]
-    token, nth = (there & (listed[..., 0] < dim)).nonzero().unbind(1)
-    exponents[token, listed[token, nth, 0]] = listed[token, nth, 1].to(torch.int16)
-    signs = rest[:, :dim]
-    bits = (signs & 0x7F) | exponents << 7 | (signs & 0x80) << 8
+    places = listed[..., 0].long()
+    row, nth = (there & (places < dim)).nonzero().unbind(1)
+    upper[row, places[row, nth]] = listed[row, nth, 1]
+    bits = upper.to(torch.int16) << 8 | rest[:, :dim]
     return bits.view(torch.bfloat16).view(*packed.shape[:-1], dim)

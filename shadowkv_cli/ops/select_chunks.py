@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shadowkv_cli.config import packed_width
 from shadowkv_cli.ops import compiled
 from shadowkv_cli.ops.await_rows import SELECT_PARTS
 from shadowkv_cli.ops.fp8 import dequantise
 from shadowkv_cli.ops.library import check, define
+from shadowkv_cli.ops.packed import unpack
 
 
 def landmark_scores(
@@ -25,6 +27,8 @@ def landmark_scores(
     """
     rows, q_heads, dim = query.shape
     prompts, heads, chunks = landmarks.shape[:3]
+    if landmarks.dtype == torch.uint8:
+        landmarks = unpack(landmarks)
     grouped = query.reshape(rows, heads, q_heads // heads, dim)
     if landmark_scales is not None:
         grouped = grouped.float()
@@ -117,7 +121,13 @@ def _reference(
     check(begun is None, op, "only the compiled kernel records an event of the CUDA runtime")
     check(q_heads % heads == 0, op, f"{q_heads} query heads do not share {heads} KV heads")
     check(excluded.shape[1:] == (heads, chunks), op, f"excluded must be [R, {heads}, {chunks}]")
+    packed = landmarks.dtype == torch.uint8
+    width = packed_width(query.shape[2]) if packed else query.shape[2]
+    check(landmarks.shape[-1] == width, op, f"landmarks must be [P, Hk, C, L, {width}]")
+    fits = not packed or query.dtype == torch.bfloat16
+    check(fits, op, "query must be bfloat16 beside packed landmarks")
     if landmark_scales is not None:
+        check(not packed, op, "landmark_scales belong to landmarks in fp8")
         expected = landmarks.shape[:-1]
         check(landmark_scales.shape == expected, op, f"landmark_scales must be {list(expected)}")
     scores = landmark_scores(query, landmarks, landmark_scales, prompt_index, scale)
@@ -178,7 +188,8 @@ def select_chunks(
 
     Args:
         query: [R, Hq, D].
-        landmarks: [P, Hk, C, L, D]; the L logits of a chunk are combined by logsumexp.
+        landmarks: [P, Hk, C, L, D], whose L logits of a chunk are combined by logsumexp; packed,
+            uint8 [P, Hk, C, L, W], beside a query in bfloat16 (`ops.packed`).
         landmark_scales: float32 [P, Hk, C, L] of landmarks in fp8; None: they are of query's dtype.
         prompt_index: int32 [R], the prompt of each row.
         num_chunks: int32 [R], chunks of a row's prompt that may be chosen: the first so many.

@@ -26,7 +26,7 @@ class Sizes:
         pairs: rotated pairs of dimensions, E.
         fixed: tokens of each section of the fixed part.
         fp8: whether landmarks and values are in fp8, with scales.
-        packed: whether values are packed instead, which are bfloat16 then.
+        packed: whether they are packed instead, which are bfloat16 then.
         poison: whether what must not be read is NaN, and rows are unequal.
     """
 

@@ -11,36 +11,43 @@ namespace shadowkv {
 /// than a copy takes.
 __device__ inline void fence_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+/// Where a barrier, 8 bytes, lies in shared memory.
+struct Barrier {
+  uint32_t address;
+  __device__ Barrier(const uint64_t* barrier) : address(shared_address(barrier)) {}
+  __device__ explicit Barrier(uint32_t address) : address(address) {}
+};
+
 /// A barrier that so many arrivals complete at a time, or what was told it to expect.
-__device__ inline void init_barrier(uint64_t* barrier, uint32_t arrivals = 1) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+__device__ inline void init_barrier(Barrier barrier, uint32_t arrivals = 1) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier.address),
                "r"(arrivals)
                : "memory");
   fence_bulk();
 }
 
 /// Arrive at a barrier of this block: who finds it complete sees what this thread did before.
-__device__ inline void arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+__device__ inline void arrive(Barrier barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier.address) : "memory");
 }
 
 /// Whether the barrier's phase of this parity, 0 and 1 in turns, is complete; it may wait a while.
-__device__ inline bool is_complete(uint64_t* barrier, uint32_t parity) {
+__device__ inline bool is_complete(Barrier barrier, uint32_t parity) {
   uint32_t complete;
   asm volatile(
       "{\n\t.reg .pred done;\n\t"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n\t"
       "selp.u32 %0, 1, 0, done;\n\t}"
       : "=r"(complete)
-      : "r"(shared_address(barrier)), "r"(parity)
+      : "r"(barrier.address), "r"(parity)
       : "memory");
   return complete != 0;
 }
 
 /// Of the next phase: it is complete when so many bytes are there.
-__device__ inline void expect_bytes(uint64_t* barrier, uint32_t bytes) {
+__device__ inline void expect_bytes(Barrier barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
+                   barrier.address),
                "r"(bytes)
                : "memory");
 }
@@ -51,28 +58,28 @@ __device__ inline void load_word(uint32_t to, const void* from) {
 }
 
 /// Arrive at a barrier when the words that this thread loads are there.
-__device__ inline void arrive_when_loaded(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
+__device__ inline void arrive_when_loaded(Barrier barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier.address)
                : "memory");
 }
 
 /// Begin to read bytes of global memory, or of pinned host memory, to an address of shared memory;
 /// `barrier` has been told to expect them.
 __device__ inline void begin_load(uint32_t to, const void* from, uint32_t bytes,
-                                  uint64_t* barrier) {
+                                  Barrier barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      "l"(from), "r"(bytes), "r"(barrier.address)
       : "memory");
 }
 
 /// The same with a policy for the cache.
-__device__ inline void begin_load(uint32_t to, const void* from, uint32_t bytes, uint64_t* barrier,
+__device__ inline void begin_load(uint32_t to, const void* from, uint32_t bytes, Barrier barrier,
                                   uint64_t policy) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1], %2, [%3], %4;" ::"r"(to),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      "l"(from), "r"(bytes), "r"(barrier.address), "l"(policy)
       : "memory");
 }
 

@@ -28,6 +28,14 @@ __device__ inline float load_shared(uint32_t address) {
   return x;
 }
 
+__device__ inline void load_shared(uint32_t address, uint16_t (&half)[1]) {
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(half[0]) : "r"(address) : "memory");
+}
+
+__device__ inline void load_shared(uint32_t address, uint32_t (&words)[1]) {
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[0]) : "r"(address) : "memory");
+}
+
 __device__ inline void load_shared(uint32_t address, uint32_t (&words)[4]) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])

@@ -1,4 +1,4 @@
-// bfloat16 in some 13 bits: shadowkv_cli/ops/packed.py says how the bytes of a token lie.
+// bfloat16 in some 13 bits: shadowkv_cli/ops/packed.py says how the bytes of a row lie.
 #pragma once
 
 #include <cstdint>
@@ -8,27 +8,33 @@ namespace shadowkv {
 constexpr int PACKED_HEADER_BYTES = 16;
 constexpr int MOST_STRAYS = (PACKED_HEADER_BYTES - 2) / 2;
 
-/// Bytes of a token of a head of dimension D.
+/// Bytes of a row of D elements.
 template <int D>
 constexpr int PACKED_WIDTH = PACKED_HEADER_BYTES + D * 3 / 2;
 
-/// Two elements of bfloat16: their signs and mantissas are two bytes of `signs` from `first` on,
-/// their codes are in bits 0 to 3 and 16 to 19 of `codes`. Exponents of listed strays come later.
-__device__ inline uint32_t unpack_pair(uint32_t signs, int first, uint32_t codes, uint32_t base) {
-  const uint32_t both = __byte_perm(signs, 0, first ? 0x4342 : 0x4140);  // a byte in each half
-  const uint32_t used = (codes + 0x000f000fu) >> 4 & 0x00010001u;        // 1 where the code is not 0
-  const uint32_t exponents = codes + used * base;
-  return (both & 0x007f007fu) | (both & 0x00800080u) << 8 | exponents << 7;
+/// A byte that is part of a packed row.
+struct Packed {
+  uint8_t bits;
+};
+
+/// The base of a row, in each byte.
+__device__ inline uint32_t packed_base(uint32_t header) { return __byte_perm(header, 0, 0); }
+
+__device__ inline int packed_strays(uint32_t header) {
+  return min(static_cast<int>(header >> 8 & 0xff), MOST_STRAYS);
 }
 
-/// Eight elements, from eight bytes of signs and mantissas and four bytes of codes.
+/// The upper bytes of four elements, whose codes are the lower halves of four bytes.
+__device__ inline uint32_t upper_bytes(uint32_t codes, uint32_t base) {
+  return ((codes & 0x07070707u) + base) | (codes << 4 & 0x80808080u);
+}
+
+/// Eight elements, from their lower bytes and their codes; what strays is put in later.
 __device__ inline uint4 unpack_eight(uint32_t first, uint32_t second, uint32_t codes,
                                      uint32_t base) {
-  constexpr uint32_t HALVES = 0x000f000fu;
-  return {unpack_pair(first, 0, codes & HALVES, base),
-          unpack_pair(first, 2, codes >> 4 & HALVES, base),
-          unpack_pair(second, 0, codes >> 8 & HALVES, base),
-          unpack_pair(second, 2, codes >> 12 & HALVES, base)};
+  const uint32_t upper = upper_bytes(codes, base), next = upper_bytes(codes >> 4, base);
+  return {__byte_perm(first, upper, 0x5140), __byte_perm(first, upper, 0x7362),
+          __byte_perm(second, next, 0x5140), __byte_perm(second, next, 0x7362)};
 }
 
 }  // namespace shadowkv
