@@ -34,7 +34,7 @@ bool are_packed(const Tensor& landmarks) {
 void check_landmarks(const char* op, const Tensor& landmarks, const std::optional<Tensor>& scales,
                      const Tensor& query) {
   const int64_t dim = query.size(2);
-  const int64_t width = are_packed(landmarks) ? PACKED_HEADER_BYTES + dim * 3 / 2 : dim;
+  const int64_t width = are_packed(landmarks) ? packed_width(dim) : dim;
   check_sizes(landmarks, op, "landmarks", {-1, -1, -1, -1, width});
   if (are_packed(landmarks)) {
     SHADOWKV_CHECK(!scales, op, "landmark_scales belong to landmarks in fp8");

@@ -24,7 +24,7 @@ void set_buffer(const char* op, SparseSource<FORM>& source, const Buffer& buffer
                 const Tensor& query, const Tensor& keys, int64_t chunk_size) {
   const Tensor& held = *buffer.values;
   constexpr bool IN_FP8 = FORM == Form::FP8;
-  const int64_t dim = keys.size(3), width = IN_FP8 ? dim : PACKED_HEADER_BYTES + dim * 3 / 2;
+  const int64_t dim = keys.size(3), width = IN_FP8 ? dim : packed_width(dim);
   check_sizes(held, op, "value_buffer", {keys.size(0), keys.size(1), -1, chunk_size, width});
   check_device(held, op, "value_buffer", query);
   SHADOWKV_CHECK(held.is_contiguous(), op, "value_buffer must be contiguous");

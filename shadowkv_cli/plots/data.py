@@ -28,8 +28,8 @@ SHORT_NAMES = {
     "landmarks_per_chunk": "landmarks",
     "outlier_chunks": "outliers",
     "local_chunks": "local",
-    "value_dtype": "values in",
-    "landmark_dtype": "landmarks in",
+    "value_dtype": "values",
+    "landmark_dtype": "landmarks",
 }
 
 

@@ -8,9 +8,11 @@ namespace shadowkv {
 constexpr int PACKED_HEADER_BYTES = 16;
 constexpr int MOST_STRAYS = (PACKED_HEADER_BYTES - 2) / 2;
 
-/// Bytes of a row of D elements.
+/// Bytes of a row of so many elements.
+constexpr int64_t packed_width(int64_t dim) { return PACKED_HEADER_BYTES + dim * 3 / 2; }
+
 template <int D>
-constexpr int PACKED_WIDTH = PACKED_HEADER_BYTES + D * 3 / 2;
+constexpr int PACKED_WIDTH = static_cast<int>(packed_width(D));
 
 /// A byte that is part of a packed row.
 struct Packed {
