@@ -27,7 +27,9 @@ SCALE_BYTES = 4
 INDEX_BYTES = 4
 """Of the int32 that says where a chunk lies."""
 PACKED_HEADER_BYTES = 16
-"""Of a token of a KV head that is packed: see `ops.packed`."""
+"""Of a packed row, a token of a KV head or a landmark: see `ops.packed`."""
+PACKABLE = {"values": "value_dtype", "landmarks": "landmark_dtype"}
+"""What may be packed, and the setting that says so."""
 LARGEST_PACKED_DIM = 256
 """A byte tells a place in a head."""
 
@@ -167,7 +169,7 @@ class CacheBytes:
 
 
 def packed_width(head_dim: int) -> int:
-    """Bytes of a token of a KV head that is packed."""
+    """Bytes of a packed row: a token of a KV head, or a landmark."""
     return PACKED_HEADER_BYTES + head_dim * 3 // 2
 
 
@@ -429,10 +431,9 @@ class ShadowKVSpec(SparseSpec):
             sum(held.host for held in values),
         )
 
-    @property
-    def packs(self) -> bool:
-        """Whether something of it is packed, which a prompt may forbid."""
-        return "packed" in (self.value_dtype, self.landmark_dtype)
+    def packs(self, part: str) -> bool:
+        """Whether its `values` or `landmarks` are packed, which a prompt may forbid."""
+        return getattr(self, PACKABLE[part]) == "packed"
 
     def slots(self, kept: Kept) -> tuple[int, int]:
         """Of the buffers of keys and of values."""

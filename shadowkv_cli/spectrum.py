@@ -1,4 +1,4 @@
-"""How much of a model's pre-RoPE keys each rank keeps, and whether values pack, on real prompts."""
+"""How much of a model's pre-RoPE keys each rank keeps, and what can be packed, on real prompts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shadowkv_cli.config import ShadowKVSpec, SparseBudget
+from shadowkv_cli.config import PACKABLE, ShadowKVSpec, SparseBudget
 from shadowkv_cli.console import progress
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.evaluate import environment_of, load_inputs
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 DEFAULT_SHARES = (1 / 32, 1 / 16, 1 / 8, 5 / 32, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 """Of the width of a layer's keys; 5/32 is the paper's 160 of 1,024."""
 FILE = "spectrum.json"
-PACKABLE = ("values", "landmarks")
 
 
 @dataclass(frozen=True)

@@ -190,6 +190,7 @@ SELECTIONS = [
             (2, 128, 7, 1, 4, 15_000, 300, BF16),
             (5, 64, 9, 4, 4, 1999, 1999, BF16),
             (5, 96, 1, 1, 4, 65, 64, FP16),
+            (5, 96, 4, 1, 4, 12_000, 256, BF16),
             (5, 64, 16, 2, 4, 7, 7, BF16),
             # Two kernels: three and more than four landmarks, too many chunks for shared memory.
             (3, 128, 4, 3, 3, 2000, 300, BF16),
@@ -329,14 +330,23 @@ def test_select_chunks_leaves_out_heads_that_are_no_numbers(value: float, landma
 
 @pytest.mark.parametrize("kept_in", KEPT_IN)
 @pytest.mark.parametrize(
-    ("rows", "chunks", "group"),
-    [(24, 15_360, 4), (48, 3000, 4), (24, 3000, 8), (24, 3000, 16), (8, 15_360, 8), (6, 9000, 16)],
+    ("rows", "chunks", "group", "dim"),
+    [
+        (24, 15_360, 4, 128),
+        (48, 3000, 4, 128),
+        (24, 3000, 8, 128),
+        (24, 3000, 16, 128),
+        (8, 15_360, 8, 128),
+        (6, 9000, 16, 128),
+        (8, 15_360, 4, 96),
+        (8, 15_360, 4, 64),
+    ],
 )
 def test_select_chunks_chooses_beside_others_what_it_chooses_alone(
-    rows: int, chunks: int, group: int, kept_in: str
+    rows: int, chunks: int, group: int, dim: int, kept_in: str
 ) -> None:
     """More planes than run at once: some rank their chunks, with atomics, while others read."""
-    sizes = Sizes(rows=rows, prompts=rows, heads=8, group=group, dim=128, chunks=chunks, wanted=200,
+    sizes = Sizes(rows=rows, prompts=rows, heads=8, group=group, dim=dim, chunks=chunks, wanted=200,
                   poison=False, device=DEVICE, **KEPT_IN[kept_in])  # fmt: skip
     arguments = cases.select_arguments(sizes)
     own = ("query", "prompt_index", "num_chunks", "excluded", "budget_chunks", "done")

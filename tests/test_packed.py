@@ -16,6 +16,7 @@ from shadowkv_cli import ops
 from shadowkv_cli.cells import build_specs
 from shadowkv_cli.cli import run
 from shadowkv_cli.config import (
+    PACKABLE,
     MethodSpec,
     ModelShape,
     ShadowKVSpec,
@@ -317,6 +318,9 @@ def test_a_layer_that_cannot_be_packed_is_refused() -> None:
     v[0, 3, :8] = 1e-20
     with pytest.raises(ShadowKVError, match=r"8 of 16 elements that belong.*use value_dtype=model"):
         store.add_layer(0, 0, v)
+    with pytest.raises(CannotPack, match=r"landmarks cannot.*use landmark_dtype=model") as refused:
+        pack(v, "landmarks")
+    assert refused.value.part == "landmarks"
 
 
 def test_what_is_no_bfloat16_is_not_packed() -> None:
@@ -333,27 +337,35 @@ def test_the_head_dimension_from_which_bytes_are_saved() -> None:
     assert smaller == list(range(40, 257, 8))
 
 
-@pytest.mark.parametrize("command", ["eval", "bench"])
+@pytest.mark.parametrize("part", PACKABLE)
+@pytest.mark.parametrize("command", ["eval", "bench", "bench --share"])
 def test_what_cannot_be_packed_fails_alone(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its row says so, the other cells have theirs, and the exit code is that of some failures."""
+    """Its rows say so, the other cells have theirs, and the exit code is that of some failures."""
     monkeypatch.setattr(packed, "MOST_STRAYS", 0)
     out, data = tmp_path / "run", tmp_path / "data"
     more = ["--context-length", "1k", "--state", "synthetic", "--decode-steps", "2"]
+    more += ["--warmup-steps", "1", "--rounds", "2"]
     if command == "eval":
         build = "build-data ruler --tokenizer demo --context-length 1k --num-samples 1 --seed 5"
         assert run([*build.split(), "--tasks", "niah_single_2", "--output", str(data)]) == 0
         more = ["--data", str(data)]
-    cells = ["--method", "full,shadowkv", "--value-dtype", "model,packed", "--rank", "64"]
+    option = "--" + PACKABLE[part].replace("_", "-")
+    cells = ["--method", "full,shadowkv", option, "model,packed", "--rank", "64"]
     chosen = ["--model", "demo", "--device", "cpu", "--dtype", "bfloat16", "--sparse-budget", "128"]
-    assert run([command, *chosen, *cells, *more, "--output", str(out)]) == EXIT_INCOMPLETE
+    assert run([*command.split(), *chosen, *cells, *more, "--output", str(out)]) == EXIT_INCOMPLETE
     found = read_run(out)
     rows = found.predictions if command == "eval" else found.throughput
-    errors = {(row["method"], row["settings"].get("value_dtype")): row["error"] for row in rows}
+    errors: dict[tuple[str, str | None], list[str | None]] = {}
+    for row in rows:
+        cell = row["method"], row["settings"].get(PACKABLE[part])
+        errors.setdefault(cell, []).append(row["error"])
+    count = 1 if command == "eval" else 2
     failed = errors.pop(("shadowkv", "packed"))
-    assert "cannot be packed to the bit" in failed
-    assert errors == {("full", None): None, ("shadowkv", "model"): None}
+    assert len(failed) == count
+    assert all(str(e).startswith(f"{part} cannot be packed to the bit") for e in failed), failed
+    assert errors == {("full", None): [None] * count, ("shadowkv", "model"): [None] * count}
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

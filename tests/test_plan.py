@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parents[1] / "results"
     buffers=st.tuples(st.floats(1, 8), st.floats(1, 8)),
     landmarks=st.sampled_from([1, 2]),
     dtypes=st.tuples(
-        st.sampled_from(["model", "packed", "fp8"]), st.sampled_from(["model", "fp8"])
+        st.sampled_from(["model", "packed", "fp8"]), st.sampled_from(["model", "packed", "fp8"])
     ),
     resident=st.one_of(st.none(), st.integers(0, 32)),
 )

@@ -286,6 +286,7 @@ __device__ inline void multiply_packed(const uint32_t (&query)[D / 16][2 * HALVE
     uint32_t own[4], other[4];
     row.template eight<STRAYS>(j, own);
     next.template eight<STRAYS>(j, other);
+    if constexpr (STRAYS) __syncwarp();  // Lanes have other numbers of them.
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
 #pragma unroll

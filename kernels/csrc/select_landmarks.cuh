@@ -70,7 +70,7 @@ struct PackedRow {
   template <typename To>
   static __device__ void load(Place from, To& to) {
     if constexpr (std::is_pointer_v<Place>) {
-      memcpy(&to, from, sizeof(to));
+      memcpy(&to, __builtin_assume_aligned(from, sizeof(to)), sizeof(to));
     } else {
       load_shared(from, to);
     }

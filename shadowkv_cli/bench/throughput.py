@@ -21,7 +21,7 @@ from shadowkv_cli.bench.state import fill_prompts, fill_synthetic, random_prompt
 from shadowkv_cli.config import CacheBytes, MethodSpec, SparseSpec
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.methods.pinned import idle_bytes
-from shadowkv_cli.model.failures import MethodFailure
+from shadowkv_cli.model.failures import MethodFailure, who_packs
 from shadowkv_cli.model.loading import LoadedModel
 from shadowkv_cli.model.session import Session
 from shadowkv_cli.ops.packed import CannotPack
@@ -76,6 +76,23 @@ class _Bench:
         self.drifts: Drifts = {}
         self.prefill_bytes: dict[tuple[MethodSpec, ...], Row] = {}
         """On a GPU: the peak of a set's prefills, and what these may take."""
+        self.given_up: dict[MethodSpec, Row] = {}
+        """What cannot be measured, which would keep others from being so, and why."""
+
+    def give_up(self, place: int, failure: Exception) -> bool:
+        """Leave those out that keep a set from being built; False where that is not some of it."""
+        here = self.sets[place]
+        suspects: Sequence[MethodSpec] = []
+        if isinstance(failure, CannotPack):
+            suspects = who_packs(here, failure.part)
+        elif isinstance(failure, MethodFailure):
+            suspects = failure.suspects
+        others = [spec for spec in here if spec not in suspects]
+        if not others or others == here:
+            return False
+        self.given_up |= {spec: _failure(failure) for spec in here if spec in suspects}
+        self.sets[place] = others
+        return True
 
     @contextmanager
     def session(self, place: int) -> Iterator[tuple[Session, torch.Tensor, float | None]]:
@@ -201,6 +218,10 @@ def _measure_size(
             wanted = [c for c in cases if c.spec in bench.sets[place]]
             open_cases = [c for c in _rotated(wanted, number) if not done(c, number)]
             yield from _measure_set(bench, place, open_cases, number, peak)
+        for case in cases:
+            if case.spec in bench.given_up and not done(case, number):
+                known = describe_case(case, settings, loaded)
+                yield known | {"round": number} | bench.given_up[case.spec]
 
 
 def _rotated(items: Sequence[T], by: int) -> list[T]:
@@ -232,6 +253,14 @@ def _measure_set(
                 }
                 yield row
     except (MethodFailure, CannotPack, torch.OutOfMemoryError, MemoryError) as failure:
+        if bench.give_up(place, failure):
+            left = [
+                c
+                for c, row in zip(cases, known, strict=True)
+                if "error" not in row and c.spec in bench.sets[place]
+            ]
+            yield from _measure_set(bench, place, left, number, peak)
+            return
         for row in known:
             if "error" not in row:
                 yield row | _failure(failure)

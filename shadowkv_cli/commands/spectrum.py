@@ -33,7 +33,7 @@ def spectrum(
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Say how much of a model's pre-RoPE keys each rank keeps, and whether its values pack.
+    """Say how much of a model's pre-RoPE keys each rank keeps, and whether values and landmarks pack.
 
     One prefill a sample, no decoding: a first look at which ranks are worth a sweep.
 

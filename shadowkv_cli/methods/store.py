@@ -196,7 +196,7 @@ class PromptStore:
         if kept_in == "fp8":
             means, self.landmark_scales[form][layer][here] = quantise(means, 1)
         if kept_in == "packed":
-            means = pack(means)
+            means = pack(means, "landmarks")
         self.landmarks[form][layer][here] = means
 
     def _add_low_rank(self, layer: int, prompt: Prompt, k: Tensor) -> None:

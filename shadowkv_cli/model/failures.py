@@ -48,14 +48,18 @@ def one_line(error: BaseException) -> str:
     return text if isinstance(error, ShadowKVError) else f"{type(error).__name__}: {text}"
 
 
+def who_packs(specs: Iterable[MethodSpec], part: str) -> list[MethodSpec]:
+    """Of some methods those whose `values` or `landmarks` are packed."""
+    return [s for s in specs if isinstance(s, ShadowKVSpec) and s.packs(part)]
+
+
 @contextmanager
 def blaming(suspects: Sequence[MethodSpec]) -> Iterator[None]:
     """Turn what fails in the work of some methods into their `MethodFailure`."""
     try:
         yield
     except CannotPack as error:
-        packed = [s for s in suspects if isinstance(s, ShadowKVSpec) and s.packs]
-        raise MethodFailure(packed, one_line(error)) from error
+        raise MethodFailure(who_packs(suspects, error.part), one_line(error)) from error
     except (RuntimeError, ValueError) as error:
         raise MethodFailure(
             suspects, one_line(error), out_of_memory=is_out_of_memory(error)

@@ -22,7 +22,12 @@ SIZES = [
     Sizes(rows=4, group=4, dim=128, chunks=1500, wanted=100, slots=170, landmarks=4),
     Sizes(landmarks=3, chunk_size=6),
 ]
-PACKED = Sizes(packed=True, dim=96)
+PACKED = [
+    Sizes(packed=True, dim=96),
+    Sizes(packed=True, rows=4, dim=128, chunks=1500, wanted=100, slots=170, landmarks=4),
+    Sizes(packed=True, rows=4, group=16, dim=64, chunks=3000, wanted=100, slots=170),
+    Sizes(packed=True, landmarks=3, chunk_size=6),
+]
 ODD_SIZES = [
     Sizes(dim=80, pairs=40, spare=0),
     Sizes(dim=7, pairs=2, spare=1, group=3, interleaved=True),
@@ -35,7 +40,8 @@ ODD_SIZES = [
 OF_ONE_SIZE = {"await_rows"}
 RUNS = [(SIZES[0], name) for name in OF_ONE_SIZE]
 RUNS += [(sizes, name) for sizes in SIZES for name in cases.ARGUMENTS.keys() - OF_ONE_SIZE]
-RUNS += [(PACKED, name) for name in ("select_chunks", "sparse_attention")]
+OF_PACKED = ("select_chunks", "sparse_attention", "fetch_values")
+RUNS += [(sizes, name) for sizes in PACKED for name in OF_PACKED]
 ODD_RUNS = [(sizes, name) for sizes in ODD_SIZES for name in layer_cases.ANY_SIZE]
 
 

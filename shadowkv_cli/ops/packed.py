@@ -21,13 +21,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shadowkv_cli.config import PACKED_HEADER_BYTES, packed_width
+from shadowkv_cli.config import PACKABLE, PACKED_HEADER_BYTES, packed_width
 from shadowkv_cli.errors import ShadowKVError
 from shadowkv_cli.ops.library import check
 
 
 class CannotPack(ShadowKVError):
-    """A token's exponents differ so much that packing it would lose bits."""
+    """A row's exponents differ so much that packing it would lose bits.
+
+    Attributes:
+        part: what the rows are, `values` or `landmarks`.
+    """
+
+    def __init__(self, part: str, reason: str) -> None:
+        super().__init__(
+            f"{part} cannot be packed to the bit: {reason}: use {PACKABLE[part]}=model."
+        )
+        self.part = part
 
 
 MOST_STRAYS = (PACKED_HEADER_BYTES - 2) // 2
@@ -38,11 +48,12 @@ NAN_BYTE = 0xF8
 """A row of such bytes alone stands for NaN in the last four of every eight elements."""
 
 
-def pack(rows: Tensor) -> Tensor:
+def pack(rows: Tensor, part: str = "values") -> Tensor:
     """Pack rows to the bit.
 
     Args:
         rows: bfloat16 [..., D], D a multiple of 8.
+        part: what they are, for the error: `values` or `landmarks`.
 
     Returns:
         uint8 [..., packed_width(D)].
@@ -62,7 +73,7 @@ def pack(rows: Tensor) -> Tensor:
     out = bits.new_zeros(len(bits), packed_width(dim), dtype=torch.uint8)
     out[:, :1] = base
     if len(strays):
-        _list_strays(out, strays, bits)
+        _list_strays(out, strays, bits, part)
     fields = out[:, PACKED_HEADER_BYTES:]
     fields[:, :dim] = (bits & 0xFF).to(torch.uint8)
     signs = (bits >> 12 & 0x8).to(torch.uint8)
@@ -90,7 +101,7 @@ def _base(exponents: Tensor) -> Tensor:
     return exponents.amax(-1, keepdim=True).clamp_min(HIGHEST_CODE) - HIGHEST_CODE
 
 
-def _list_strays(out: Tensor, strays: Tensor, bits: Tensor) -> None:
+def _list_strays(out: Tensor, strays: Tensor, bits: Tensor, part: str) -> None:
     """Write the strays [M, 2] of rows and places into the heads of what is packed."""
     row, place = strays.unbind(1)
     counts = torch.bincount(row, minlength=len(out))
@@ -99,9 +110,9 @@ def _list_strays(out: Tensor, strays: Tensor, bits: Tensor) -> None:
         worst = _exponents(bits[counts.argmax()])
         which = ", an infinity or NaN" if int(worst.max()) == NOT_FINITE else ""
         raise CannotPack(
-            f"bfloat16 cannot be packed to the bit: {most} of {bits.shape[1]} elements that belong "
-            f"together are zero or some 15 binary orders below the largest{which}, and "
-            f"{MOST_STRAYS} fit: use value_dtype=model and landmark_dtype=model."
+            part,
+            f"{most} of {bits.shape[1]} elements that belong together are zero or some 15 binary "
+            f"orders below the largest{which}, and {MOST_STRAYS} fit",
         )
     out[:, 1] = counts.to(torch.uint8)
     before = torch.cumsum(counts, 0) - counts

@@ -25,7 +25,7 @@ FLAG_WARNINGS = {
 SHORT_NAMES = {
     "sparse_budget": "budget",
     "chunk_size": "chunk",
-    "landmarks_per_chunk": "landmarks",
+    "landmarks_per_chunk": "landmarks a chunk",
     "outlier_chunks": "outliers",
     "local_chunks": "local",
     "value_dtype": "values",
