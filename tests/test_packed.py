@@ -27,7 +27,15 @@ from shadowkv_cli.errors import EXIT_INCOMPLETE, ShadowKVError, UsageError
 from shadowkv_cli.methods.value_store import ValueStore
 from shadowkv_cli.model.session import Session
 from shadowkv_cli.ops import cases, packed
-from shadowkv_cli.ops.packed import MOST_STRAYS, NAN_BYTE, CannotPack, pack, stray_counts, unpack
+from shadowkv_cli.ops.packed import (
+    MOST_STRAYS,
+    NAN_BYTE,
+    CannotPack,
+    Packer,
+    pack,
+    stray_counts,
+    unpack,
+)
 from shadowkv_cli.ops.sizes import Sizes
 from shadowkv_cli.results import read_run
 from shadowkv_cli.shared_bytes import shared_cache_bytes
@@ -316,8 +324,14 @@ def test_a_layer_that_cannot_be_packed_is_refused() -> None:
     store = ValueStore([forms], (1, 1, 40, 16), 40, BF16, torch.device("cpu"))
     v = torch.ones(1, 40, 16, dtype=BF16)
     v[0, 3, :8] = 1e-20
+    store.add_layer(0, 0, v)
     with pytest.raises(ShadowKVError, match=r"8 of 16 elements that belong.*use value_dtype=model"):
-        store.add_layer(0, 0, v)
+        store.packer.check()
+    store.packer.check()  # It was told of.
+    store.add_layer(0, 0, v)
+    store.packer.forget()
+    store.add_layer(0, 0, torch.ones_like(v))
+    store.packer.check()
     with pytest.raises(CannotPack, match=r"landmarks cannot.*use landmark_dtype=model") as refused:
         pack(v, "landmarks")
     assert refused.value.part == "landmarks"
@@ -330,6 +344,27 @@ def test_what_is_no_bfloat16_is_not_packed() -> None:
     assert pack(torch.zeros(0, 16, dtype=BF16)).shape == (0, 40)
     with pytest.raises(CannotPack, match="below the largest, an infinity or NaN, and 7 fit"):
         pack(torch.tensor([[1.0] * 15 + [float("inf")]], dtype=BF16))
+
+
+@given(most=st.lists(st.integers(0, 16), min_size=1, max_size=6), seed=st.integers(0, 999))
+def test_a_packer_tells_of_any_row_that_did_not_fit(most: list[int], seed: int) -> None:
+    """However many come before and behind it, in that call and others."""
+    generator = torch.Generator().manual_seed(seed)
+    packer, worst = Packer(), 0
+    for strays in most:
+        rows = torch.ones(9, 16, dtype=BF16)
+        for row in range(9):
+            count = int(torch.randint(0, strays + 1, (1,), generator=generator))
+            rows[row, torch.randperm(16, generator=generator)[: min(count, 15)]] = 2.0**-40
+        counts = stray_counts(rows)
+        packed = packer.pack(rows, "landmarks")
+        if int(counts.max()) <= MOST_STRAYS:
+            assert same_bits(unpack(packed), rows)
+        worst = max(worst, int(counts.max()))
+    if worst > MOST_STRAYS:
+        with pytest.raises(CannotPack, match=f"landmarks cannot.* {worst} of 16 elements"):
+            packer.check()
+    packer.check()
 
 
 def test_the_head_dimension_from_which_bytes_are_saved() -> None:

@@ -106,7 +106,9 @@ def test_values_of_odd_lengths_reach_the_host() -> None:
 
 def test_methods_take_in_a_layer_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = on_gpu("llama", torch.bfloat16)
-    session = Session(loaded, build_specs(CELLS, SMALL), prompt_tokens=3000, new_tokens=2)
+    session = Session(
+        loaded, build_specs([*CELLS, PACKED], SMALL), prompt_tokens=3000, new_tokens=2
+    )
     session.store.low_rank_method = "subspace"
     ids = prompt_of(2999, 1)
     session.prefill(ids, key="a")  # what is made once is there

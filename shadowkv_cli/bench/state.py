@@ -41,6 +41,7 @@ def fill_synthetic(session: Session, prompt_tokens: int | Sequence[int]) -> torc
             for _, group in session.groups:
                 group.prefill_layer(layer, prompt, q, k, v)
             del k, v, q  # before the next ones are drawn: they are as large as a cell's reserve
+        store.packer.check()
     return torch.randint(
         session.loaded.vocab_size, (session.num_prompts,), generator=generator, device=store.device
     )

@@ -33,7 +33,7 @@ def spectrum(
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Say how much of a model's pre-RoPE keys each rank keeps, and whether values and landmarks pack.
+    """Say how much of a model's pre-RoPE keys each rank keeps, and what can be packed.
 
     One prefill a sample, no decoding: a first look at which ranks are worth a sweep.
 

@@ -27,7 +27,6 @@ from shadowkv_cli.methods.low_rank import (
 from shadowkv_cli.methods.tiles import tiles
 from shadowkv_cli.methods.value_store import EXACT, ValueStore
 from shadowkv_cli.ops.fp8 import FP8, quantise
-from shadowkv_cli.ops.packed import pack
 from shadowkv_cli.ops.rotary import unrotate
 
 
@@ -123,6 +122,7 @@ class PromptStore:
         landmarks: [P, Hk, C, L, D] by form and layer, of packed ones [P, Hk, C, L, W].
         landmark_scales: of those in fp8, float32 [P, Hk, C, L].
         similarity: float32 [Hk, C] by chunk size, of the prompt and layer taken in last.
+        packer: packs values and landmarks; whoever fills the store lets it check them at the end.
     """
 
     def __init__(
@@ -153,6 +153,7 @@ class PromptStore:
             needs.values, (prompts, heads, tokens, dim), held, dtype, device
         )
         self.values = self.value_store.exact
+        self.packer = self.value_store.packer
         rank = needs.rank
         self.coefficients = empty(prompts, tokens, rank) if rank else []
         self.basis = empty(prompts, heads, rank, dim) if rank else []
@@ -196,7 +197,7 @@ class PromptStore:
         if kept_in == "fp8":
             means, self.landmark_scales[form][layer][here] = quantise(means, 1)
         if kept_in == "packed":
-            means = pack(means, "landmarks")
+            means = self.packer.pack(means, "landmarks")
         self.landmarks[form][layer][here] = means
 
     def _add_low_rank(self, layer: int, prompt: Prompt, k: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from shadowkv_cli.config import StoredDtype, ValueForm, packed_width
 from shadowkv_cli.methods.pinned import HostMemory
 from shadowkv_cli.ops.fp8 import FP8, quantise
-from shadowkv_cli.ops.packed import pack
+from shadowkv_cli.ops.packed import Packer
 
 EXACT = ValueForm("device")
 """As full attention reads them."""
@@ -23,6 +23,7 @@ class ValueStore:
         held: [P, Hk, S, D] by form and layer; of the exact ones [P, Hk, S', D].
             Packed ones are uint8 [P, Hk, S, W], see `ops.packed`.
         scales: of those in fp8, float32 [P, Hk, C] by chunk size and layer, beside the model.
+        packer: knows whether what was packed could be.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class ValueStore:
         prompts, heads, self.tokens, dim = size
         self.held: dict[ValueForm, dict[int, Tensor]] = {}
         self.scales: dict[int, dict[int, Tensor]] = {}
+        self.packer = Packer()
         self._host = HostMemory(pinned=device.type == "cuda")
         for layer, form in ((i, form) for i, wanted in enumerate(forms) for form in wanted):
             chunk_size = form.chunk_size
@@ -69,10 +71,7 @@ class ValueStore:
         return self.held.get(EXACT, {})
 
     def add_layer(self, layer: int, prompt_index: int, v: Tensor) -> None:
-        """Take in a prompt's values of a layer, [Hk, S, D], in each form that is wanted there.
-
-        Raises CannotPack where they cannot be packed to the bit.
-        """
+        """Take in a prompt's values of a layer, [Hk, S, D], in each form that is wanted there."""
         sources: dict[tuple[StoredDtype, int | None], Tensor] = {("model", None): v}
         for form, by_layer in self.held.items():
             if layer not in by_layer:
@@ -94,7 +93,7 @@ class ValueStore:
         out = v.new_empty(*v.shape[:2], packed_width(v.shape[2]), dtype=torch.uint8)
         # Head by head: what is in between is several times as large.
         for head, own in enumerate(v):
-            out[head] = pack(own)
+            out[head] = self.packer.pack(own, "values")
         return out
 
     def chunked(self, layer: int, chunk_size: int, form: ValueForm) -> tuple[Tensor, Tensor | None]:

@@ -79,6 +79,11 @@ class Compression:
         if self.waits:
             self.end_layer()
 
+    def check(self) -> None:
+        """Raise MethodFailure where something could not be packed; the host waits if it was."""
+        with blaming(self.suspects):
+            self.store.packer.check()
+
     def end_layer(self) -> None:
         """Let the model's stream wait for the last layer that was taken in."""
         self._join.wait()

@@ -202,6 +202,7 @@ class Session:
         self.used = 0
         self.batch = self._whole
         frequencies = self._ensure_table(prompt)
+        self.store.packer.forget()  # what a prefill that failed has left
         for _, group in self.groups:
             group.begin(prompt)
         return frequencies
@@ -376,6 +377,7 @@ class Session:
         finally:
             self._compression.finish()
             self._prompt = self._prefix = None
+        self._compression.check()
         if residents is not None:
             residents.note(index, tokens, frequencies)
         return logits

@@ -62,30 +62,73 @@ def pack(rows: Tensor, part: str = "values") -> Tensor:
         ValueError: no bfloat16, or no such D.
         CannotPack: a row has more strays than fit. To know it the host waits for a GPU.
     """
-    dim = rows.shape[-1]
-    fits = dim % 8 == 0 and rows.dtype == torch.bfloat16
-    check(fits, "pack", f"rows must be bfloat16 [..., 8 n], got {rows.dtype} [..., {dim}]")
-    bits = rows.contiguous().view(torch.int16).flatten(0, -2)  # [T, D]
+    packer = Packer()
+    packed = packer.pack(rows, part)
+    packer.check()
+    return packed
+
+
+class Packer:
+    """Packs rows without waiting for a GPU; whether they could be packed is asked at the end."""
+
+    def __init__(self) -> None:
+        self._worst: dict[tuple[str, int], list[Tensor]] = {}
+        """Of a part and D, what `_pack` says of each of its calls."""
+
+    def pack(self, rows: Tensor, part: str) -> Tensor:
+        """As the function `pack`, but what cannot be packed is anything, and `check` refuses it."""
+        dim = rows.shape[-1]
+        fits = dim % 8 == 0 and rows.dtype == torch.bfloat16
+        check(fits, "pack", f"rows must be bfloat16 [..., 8 n], got {rows.dtype} [..., {dim}]")
+        packed = rows.new_empty(*rows.shape[:-1], packed_width(dim), dtype=torch.uint8)
+        if rows.numel():
+            bits = rows.contiguous().view(torch.int16).flatten(0, -2)
+            self._worst.setdefault((part, dim), []).append(_pack(bits, packed.flatten(0, -2)))
+        return packed
+
+    def check(self) -> None:
+        """Raise CannotPack where a row of those packed so far cannot be, and forget them."""
+        found, self._worst = self._worst, {}
+        for (part, dim), worst in found.items():
+            strays, highest = divmod(int(torch.stack(worst).max()), NOT_FINITE + 1)
+            if strays > MOST_STRAYS:
+                which = ", an infinity or NaN" if highest == NOT_FINITE else ""
+                raise CannotPack(
+                    part,
+                    f"{strays} of {dim} elements that belong together are zero or some 15 binary "
+                    f"orders below the largest{which}, and {MOST_STRAYS} fit",
+                )
+
+    def forget(self) -> None:
+        """Nobody asks for what was packed so far."""
+        self._worst.clear()
+
+
+def _pack(bits: Tensor, out: Tensor) -> Tensor:
+    """Pack int16 [T, D] into uint8 [T, W].
+
+    Returns:
+        Of the row with most strays their number times 128, and its highest exponent: int64 [].
+    """
+    dim = bits.shape[1]
     exponents = _exponents(bits)
     base = _base(exponents)
     near = exponents >= base
-    strays = (~near).nonzero()  # [M, 2]: in the order of rows, then of places
-    out = bits.new_zeros(len(bits), packed_width(dim), dtype=torch.uint8)
     out[:, :1] = base
-    if len(strays):
-        _list_strays(out, strays, bits, part)
+    counts = (~near).sum(-1)
+    out[:, 1:PACKED_HEADER_BYTES] = _listed(bits, near, counts)
     fields = out[:, PACKED_HEADER_BYTES:]
     fields[:, :dim] = (bits & 0xFF).to(torch.uint8)
     signs = (bits >> 12 & 0x8).to(torch.uint8)
     codes = (torch.where(near, exponents - base, 0) | signs).unflatten(-1, (-1, 2, 4))
     fields[:, dim:] = (codes[..., 0, :] | codes[..., 1, :] << 4).flatten(1)
-    return out.view(*rows.shape[:-1], packed_width(dim))
+    return (counts * (NOT_FINITE + 1) + base[:, 0] + HIGHEST_CODE).max()
 
 
 def stray_counts(rows: Tensor) -> Tensor:
     """Elements of each row that no code tells: int64 [...] of bfloat16 [..., D].
 
-    `pack` refuses rows of more than MOST_STRAYS.
+    Rows of more than MOST_STRAYS cannot be packed.
     """
     exponents = _exponents(rows.view(torch.int16))
     return (exponents < _base(exponents)).sum(-1)
@@ -101,24 +144,23 @@ def _base(exponents: Tensor) -> Tensor:
     return exponents.amax(-1, keepdim=True).clamp_min(HIGHEST_CODE) - HIGHEST_CODE
 
 
-def _list_strays(out: Tensor, strays: Tensor, bits: Tensor, part: str) -> None:
-    """Write the strays [M, 2] of rows and places into the heads of what is packed."""
-    row, place = strays.unbind(1)
-    counts = torch.bincount(row, minlength=len(out))
-    most = int(counts.max())
-    if most > MOST_STRAYS:
-        worst = _exponents(bits[counts.argmax()])
-        which = ", an infinity or NaN" if int(worst.max()) == NOT_FINITE else ""
-        raise CannotPack(
-            part,
-            f"{most} of {bits.shape[1]} elements that belong together are zero or some 15 binary "
-            f"orders below the largest{which}, and {MOST_STRAYS} fit",
-        )
-    out[:, 1] = counts.to(torch.uint8)
-    before = torch.cumsum(counts, 0) - counts
-    at = 2 + 2 * (torch.arange(len(row), device=out.device) - before[row])
-    out[row, at] = place.to(torch.uint8)
-    out[row, at + 1] = (bits[row, place] >> 8 & 0xFF).to(torch.uint8)
+def _listed(bits: Tensor, near: Tensor, counts: Tensor) -> Tensor:
+    """What follows the base of each row: the number of its strays, and these; uint8 [T, 15].
+
+    Where those of one row do not fit, all may be anything.
+    """
+    rows = len(bits)
+    out = bits.new_zeros(rows + 1, PACKED_HEADER_BYTES - 1, dtype=torch.uint8)
+    out[:rows, 0] = counts.clamp_max(MOST_STRAYS)
+    # Places in the order of rows; how many there are only the device knows.
+    found = torch.nonzero_static(~near, size=rows * MOST_STRAYS, fill_value=-1)
+    row, place = found.unbind(1)
+    nth = torch.arange(len(found), device=bits.device) - (counts.cumsum(0) - counts)[row]
+    is_listed = (row >= 0) & (nth < MOST_STRAYS)
+    row, nth = torch.where(is_listed, row, rows), nth.clamp(0, max(MOST_STRAYS - 1, 0))
+    out[row, 1 + 2 * nth] = place.to(torch.uint8)
+    out[row, 2 + 2 * nth] = (bits[row.clamp_max(rows - 1), place] >> 8 & 0xFF).to(torch.uint8)
+    return out[:rows]
 
 
 def unpack(packed: Tensor) -> Tensor:
