@@ -77,20 +77,19 @@ class _Bench:
         self.prefill_bytes: dict[tuple[MethodSpec, ...], Row] = {}
         """On a GPU: the peak of a set's prefills, and what these may take."""
         self.given_up: dict[MethodSpec, Row] = {}
-        """What cannot be measured, which would keep others from being so, and why."""
+        """What keeps others of its set from being measured, and why."""
 
     def give_up(self, place: int, failure: Exception) -> bool:
-        """Leave those out that keep a set from being built; False where that is not some of it."""
-        here = self.sets[place]
-        suspects: Sequence[MethodSpec] = []
-        if isinstance(failure, CannotPack):
-            suspects = who_packs(here, failure.part)
-        elif isinstance(failure, MethodFailure):
-            suspects = failure.suspects
-        others = [spec for spec in here if spec not in suspects]
-        if not others or others == here:
+        """Leave those out of a set that cannot be packed; False where that helps no other."""
+        cause = failure if isinstance(failure, CannotPack) else failure.__cause__
+        if not isinstance(cause, CannotPack):
             return False
-        self.given_up |= {spec: _failure(failure) for spec in here if spec in suspects}
+        here = self.sets[place]
+        at_fault = who_packs(here, cause.part)
+        others = [spec for spec in here if spec not in at_fault]
+        if not (at_fault and others):
+            return False
+        self.given_up |= {spec: _failure(failure) for spec in at_fault}
         self.sets[place] = others
         return True
 
