@@ -6,6 +6,7 @@ python -m shadowkv_cli.ops.exercise
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -20,13 +21,12 @@ SIZES = [
     Sizes(fp8=True, dtype=torch.float16, dim=96, chunk_size=1),
     Sizes(rows=4, heads=3, group=16, dim=96, chunks=300, wanted=100, slots=170, fixed=(0, 3)),
     Sizes(rows=4, group=4, dim=128, chunks=1500, wanted=100, slots=170, landmarks=4),
-    Sizes(landmarks=3, chunk_size=6),
 ]
+THREE_LANDMARKS = Sizes(landmarks=3, chunk_size=6)
 PACKED = [
     Sizes(packed=True, dim=96),
     Sizes(packed=True, rows=4, dim=128, chunks=1500, wanted=100, slots=170, landmarks=4),
     Sizes(packed=True, rows=4, group=16, dim=64, chunks=3000, wanted=100, slots=170),
-    Sizes(packed=True, landmarks=3, chunk_size=6),
 ]
 ODD_SIZES = [
     Sizes(dim=80, pairs=40, spare=0),
@@ -40,8 +40,10 @@ ODD_SIZES = [
 OF_ONE_SIZE = {"await_rows"}
 RUNS = [(SIZES[0], name) for name in OF_ONE_SIZE]
 RUNS += [(sizes, name) for sizes in SIZES for name in cases.ARGUMENTS.keys() - OF_ONE_SIZE]
+RUNS += [(THREE_LANDMARKS, name) for name in ("build_landmarks", "select_chunks")]
 OF_PACKED = ("select_chunks", "sparse_attention", "fetch_values")
 RUNS += [(sizes, name) for sizes in PACKED for name in OF_PACKED]
+RUNS += [(replace(THREE_LANDMARKS, packed=True), "select_chunks")]
 ODD_RUNS = [(sizes, name) for sizes in ODD_SIZES for name in layer_cases.ANY_SIZE]
 
 
