@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
 from shadowkv_cli.answering import Answerer
+from shadowkv_cli.bench import throughput
 from shadowkv_cli.cli import run
 from shadowkv_cli.config import MethodSpec
 from shadowkv_cli.encoding import PromptEncoder
 from shadowkv_cli.errors import EXIT_INCOMPLETE, OutOfHostMemory
 from shadowkv_cli.model.failures import MethodFailure, blaming, is_out_of_memory
+from shadowkv_cli.model.loading import LoadedModel
 from shadowkv_cli.model.session import Session
 from shadowkv_cli.results import read_run
 from shadowkv_cli.tasks.tokenization import encode_prompt, load_tokenizer
@@ -154,3 +158,38 @@ def test_what_fails_ahead_fails_where_it_is_wanted() -> None:
     encoder.begin(None)  # type: ignore[arg-type]
     with pytest.raises((TypeError, AttributeError)):
         encoder.ids(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("error", [ERRORS[0], *ERRORS[3:]], ids=lambda error: type(error).__name__)
+def test_bench_measures_alone_what_does_not_fit_together(
+    error: BaseException, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of a session that did not fit is held while the next one is built."""
+    held: weakref.WeakSet[Session] = weakref.WeakSet()
+    built: list[list[str]] = []
+    fill, begin = throughput.fill_synthetic, Session.__init__
+
+    def count(self: Session, loaded: LoadedModel, specs: list[MethodSpec], **more: int) -> None:
+        gc.collect()
+        assert not list(held)
+        held.add(self)
+        built.append([spec.name for spec in specs])
+        begin(self, loaded, specs, **more)
+
+    def full(session: Session, tokens: int) -> torch.Tensor:
+        if len(session.specs) > 1:
+            raise type(error)(*error.args)  # Its own: it holds what is held where it is raised.
+        return fill(session, tokens)
+
+    monkeypatch.setattr(Session, "__init__", count)
+    monkeypatch.setattr(throughput, "fill_synthetic", full)
+    told = ["bench", "--model", str(tiny_model_folder), "--method", "full,shadowkv,streaming"]
+    told += ["--rank", "8", "--sparse-budget", "32", "--context-length", "512", "--rounds", "2"]
+    told += ["--decode-steps", "3", "--warmup-steps", "1", "--state", "synthetic", "--share"]
+    assert run([*told, "--output", str(tmp_path / "b")]) == 0
+    rows = read_run(tmp_path / "b").throughput
+    assert {row["error"] for row in rows} == {None}
+    assert sorted((row["method"], row["round"]) for row in rows) == [
+        (method, number) for method in ("full", "shadowkv", "streaming") for number in (0, 1)
+    ]
+    assert [len(names) for names in built] == [3, 1, 1, 1, 1, 1, 1]

@@ -21,7 +21,7 @@ from shadowkv_cli.bench.state import fill_prompts, fill_synthetic, random_prompt
 from shadowkv_cli.config import CacheBytes, MethodSpec, SparseSpec
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.methods.pinned import idle_bytes
-from shadowkv_cli.model.failures import MethodFailure, who_packs
+from shadowkv_cli.model.failures import MethodFailure, is_out_of_memory, who_packs
 from shadowkv_cli.model.loading import LoadedModel
 from shadowkv_cli.model.session import Session
 from shadowkv_cli.ops.packed import CannotPack
@@ -79,19 +79,30 @@ class _Bench:
         self.given_up: dict[MethodSpec, Row] = {}
         """What keeps others of its set from being measured, and why."""
 
-    def give_up(self, place: int, failure: Exception) -> bool:
-        """Leave those out of a set that cannot be packed; False where that helps no other."""
-        cause = failure if isinstance(failure, CannotPack) else failure.__cause__
-        if not isinstance(cause, CannotPack):
-            return False
+    def divide(self, place: int, failure: Exception) -> list[int]:
+        """Change a set that could not be built; which sets hold those that may fare better now.
+
+        Without cells that cannot be packed the others can be measured, and where the memory does
+        not hold all it may hold one.
+        """
         here = self.sets[place]
-        at_fault = who_packs(here, cause.part)
-        others = [spec for spec in here if spec not in at_fault]
-        if not (at_fault and others):
-            return False
-        self.given_up |= {spec: _failure(failure) for spec in at_fault}
-        self.sets[place] = others
-        return True
+        cause = failure if isinstance(failure, CannotPack) else failure.__cause__
+        if isinstance(cause, CannotPack):
+            at_fault = who_packs(here, cause.part)
+            others = [spec for spec in here if spec not in at_fault]
+            if not (at_fault and others):
+                return []
+            self.given_up |= {spec: _failure(failure) for spec in at_fault}
+            self.sets[place] = others
+            return [place]
+        if len(here) == 1 or not is_out_of_memory(failure):
+            return []
+        self.all_fit = False
+        self._kept.clear()
+        first = len(self.sets)
+        self.sets[place] = here[:1]
+        self.sets += [[spec] for spec in here[1:]]
+        return [place, *range(first, len(self.sets))]
 
     @contextmanager
     def session(self, place: int) -> Iterator[tuple[Session, torch.Tensor, float | None]]:
@@ -235,6 +246,7 @@ def _measure_set(
     if not cases:
         return
     known = [describe_case(c, bench.settings, bench.loaded) | {"round": number} for c in cases]
+    again: list[int] = []
     try:
         with bench.session(place) as (session, first, prefill_s):
             for case, row in zip(cases, known, strict=True):
@@ -252,17 +264,17 @@ def _measure_set(
                 }
                 yield row
     except (MethodFailure, CannotPack, torch.OutOfMemoryError, MemoryError) as failure:
-        if bench.give_up(place, failure):
-            left = [
-                c
-                for c, row in zip(cases, known, strict=True)
-                if "error" not in row and c.spec in bench.sets[place]
-            ]
-            yield from _measure_set(bench, place, left, number, peak)
-            return
-        for row in known:
-            if "error" not in row:
-                yield row | _failure(failure)
+        again = bench.divide(place, failure)
+        if not again:
+            for row in known:
+                if "error" not in row:
+                    yield row | _failure(failure)
+    # The failure is gone, and with it the session that was being built.
+    left = [c for c, row in zip(cases, known, strict=True) if "error" not in row]
+    for where in again:
+        yield from _measure_set(
+            bench, where, [c for c in left if c.spec in bench.sets[where]], number, peak
+        )
 
 
 def _failure(error: BaseException) -> Row:
