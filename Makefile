@@ -158,7 +158,7 @@ bench-gpu: kernels ## Decode throughput on a GPU at 122,880 tokens, beside the t
 	$(BIN)/python -m shadowkv_cli.bench.targets $(GPU_RUN)
 	@$(SHADOWKV) plot $(GPU_RUN)
 
-bench-packed: kernels ## The same with packed values and landmarks, which lose no bit, after bench-gpu: some 6 minutes
+bench-packed: kernels ## The same with packed values and landmarks, which lose no bit, after bench-gpu: a few minutes
 	$(DECODE) $(LLAMA) --batch-size auto $(PACKED) --hit-rate 0.59,0.88 --output $(GPU_RUN)
 	$(BIN)/python -m shadowkv_cli.bench.targets $(GPU_RUN)
 	@$(SHADOWKV) plot $(GPU_RUN)

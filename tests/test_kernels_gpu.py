@@ -256,7 +256,7 @@ def test_select_chunks_unpacks_every_place(dim: int, group: int, landmarks: int)
     held = torch.randn(held.shape, generator=g, device=DEVICE) * 2.0**exponents
     large = 2.0 ** torch.randint(11, 15, (chunks,), generator=g, device=DEVICE)
     held[:, :, counts, :, counts % dim] *= large[None, None, :, None].transpose(0, 2)
-    own, packed = held.to(BF16), None
+    own = held.to(BF16)
     fits = (stray_counts(own) <= MOST_STRAYS)[..., None]
     own = torch.where(fits, own, torch.ones_like(own))
     assert float((stray_counts(own) > 0).float().mean()) > 0.02
