@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shadowkv_cli import ops
-from shadowkv_cli.config import Kept, SparseSpec, StoredDtype, buffer_slots, packed_width
+from shadowkv_cli.config import Kept, SparseSpec, StoredDtype, buffer_slots
 from shadowkv_cli.methods.base import Group, Row
 from shadowkv_cli.methods.side_stream import (
     FIRST,
@@ -24,8 +24,8 @@ from shadowkv_cli.methods.side_stream import (
     wait_for,
 )
 from shadowkv_cli.methods.store import Prompt, PromptStore
+from shadowkv_cli.methods.value_store import stored
 from shadowkv_cli.ops.await_rows import Progress
-from shadowkv_cli.ops.fp8 import FP8
 
 NEVER_FREE = torch.iinfo(torch.int32).max
 
@@ -107,10 +107,10 @@ class SparseGroup(Group):
         """Of what lies there in fp8: float32 [R, Hk, B]."""
         if self.value_dtype != "model":
             tokens[1] = self.fixed
-            in_fp8 = self.value_dtype == "fp8"
-            width, dtype = (dim, FP8) if in_fp8 else (packed_width(dim), torch.uint8)
+            dtype, width = stored(self.value_dtype, store.dtype, dim)
             self.value_buffers = zeros(value_slots, self.chunk_size, width, dtype=dtype)
-            self.value_scales = zeros(value_slots, dtype=torch.float32) if in_fp8 else []
+            if self.value_dtype == "fp8":
+                self.value_scales = zeros(value_slots, dtype=torch.float32)
         self.keys, self.values = (zeros(places, dim) for places in tokens)
         self.key_tables = [Residency.empty(count, heads, key_slots, chunks, device) for _ in layers]
         self.value_tables = (

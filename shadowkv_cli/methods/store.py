@@ -16,7 +16,6 @@ from shadowkv_cli.config import (
     ShadowKVSpec,
     StoredDtype,
     ValueForm,
-    packed_width,
 )
 from shadowkv_cli.methods.low_rank import (
     WIDEST_WHOLE,
@@ -25,8 +24,8 @@ from shadowkv_cli.methods.low_rank import (
     working_dtype,
 )
 from shadowkv_cli.methods.tiles import tiles
-from shadowkv_cli.methods.value_store import EXACT, ValueStore
-from shadowkv_cli.ops.fp8 import FP8, quantise
+from shadowkv_cli.methods.value_store import EXACT, ValueStore, stored
+from shadowkv_cli.ops.fp8 import quantise
 from shadowkv_cli.ops.rotary import unrotate
 
 
@@ -161,8 +160,7 @@ class PromptStore:
         self.landmark_scales: dict[LandmarkForm, list[Tensor]] = {}
         for form in needs.landmarks:
             chunks = (prompts, heads, tokens // form[0], form[1])
-            width = packed_width(dim) if form[2] == "packed" else dim
-            kept_in = {"model": dtype, "packed": torch.uint8, "fp8": FP8}[form[2]]
+            kept_in, width = stored(form[2], dtype, dim)
             self.landmarks[form] = empty(*chunks, width, dtype=kept_in)
             if form[2] == "fp8":
                 self.landmark_scales[form] = [

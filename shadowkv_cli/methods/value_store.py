@@ -16,6 +16,13 @@ EXACT = ValueForm("device")
 """As full attention reads them."""
 
 
+def stored(kept_in: StoredDtype, dtype: torch.dtype, dim: int) -> tuple[torch.dtype, int]:
+    """Dtype and width of rows as they are kept, which the model has as D elements of its dtype."""
+    if kept_in == "packed":
+        return torch.uint8, packed_width(dim)
+    return FP8 if kept_in == "fp8" else dtype, dim
+
+
 class ValueStore:
     """Values of P prompts of up to S tokens, in one form or several a layer.
 
@@ -50,8 +57,7 @@ class ValueStore:
         self._host = HostMemory(pinned=device.type == "cuda")
         for layer, form in ((i, form) for i, wanted in enumerate(forms) for form in wanted):
             chunk_size = form.chunk_size
-            kept_in = {"model": dtype, "packed": torch.uint8, "fp8": FP8}[form.dtype]
-            width = packed_width(dim) if form.dtype == "packed" else dim
+            kept_in, width = stored(form.dtype, dtype, dim)
             room = (prompts, heads, exact_tokens if form == EXACT else self.tokens, width)
             if form.placement == "host":
                 space = self._host.take(room, kept_in)
