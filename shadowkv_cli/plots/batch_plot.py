@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from shadowkv_cli.plots import style
-from shadowkv_cli.plots.data import PlotData, Series, pretty_cell
+from shadowkv_cli.plots.data import PlotData, Series, different_settings
 from shadowkv_cli.rowlog import Row
 from shadowkv_cli.summary import FULL, ThroughputRecord
 
@@ -71,7 +72,9 @@ def points(data: PlotData) -> list[Row]:
     return rows
 
 
-def _draw_panel(axes: Axes, records: list[ThroughputRecord], cells: list[str]) -> None:
+def _draw_panel(
+    axes: Axes, records: list[ThroughputRecord], cells: list[str], names: Mapping[str, str]
+) -> None:
     others = [c for c in cells if not any(r.cell == c and r.method == FULL for r in records)]
     for cell in cells:
         own = [r for r in records if r.cell == cell]
@@ -89,7 +92,7 @@ def _draw_panel(axes: Axes, records: list[ThroughputRecord], cells: list[str]) -
             linestyle="--" if i < 0 else style.LINES[i % 7],
             elinewidth=0.8,
             capsize=2,
-            label=style.wrap_label("full attention" if i < 0 else pretty_cell(cell)),
+            label=style.wrap_label("full attention" if i < 0 else names[cell]),
         )
     sizes = sorted({r.batch_size for r in records})
     axes.set_xscale("log", base=2)
@@ -109,9 +112,12 @@ def draw(data: PlotData) -> Figure:
     figure, axes = style.new_figure(rows, columns, 3.2 * columns + 2.2, 2.9 * rows + 0.6)
     grid = [a for row in axes for a in row]
     handles: dict[str, object] = {}
+    shown = list(dict.fromkeys(cell for s in found for cell in _shown_cells(s)))
+    words, common = different_settings(shown)
+    names = dict(zip(shown, words, strict=True))
     for axis, (series, length) in zip(grid, panels, strict=False):
         here = [r for r in _measured(series) if r.context_length == length]
-        _draw_panel(axis, here, _shown_cells(series))
+        _draw_panel(axis, here, _shown_cells(series), names)
         axis.set_title(data.title(f"{length:,} tokens of context", series), loc="left")
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
@@ -124,5 +130,6 @@ def draw(data: PlotData) -> Figure:
     devices = sorted({r.device for s in found for r in _measured(s)})
     caption = f"Median and its interval over the rounds; {', '.join(devices)}"
     state = "; random keys and values" if states == ["synthetic"] else ""
-    style.finish(figure, "Throughput by batch size", data.warnings, f"{caption}{state}.")
+    shared = f" All of ShadowKV: {common}." if common else ""
+    style.finish(figure, "Throughput by batch size", data.warnings, f"{caption}{state}.{shared}")
     return figure
