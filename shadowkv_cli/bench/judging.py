@@ -62,27 +62,27 @@ def judge(
         measured: by all runs together.
         manifests: theirs.
         alone: by each of them. A figure that is to be at least so much is that of the best run, so
-            that a ratio never has its sides from two; so is what is wanted of one. Each is told
-            with commands and commit of the first run that gives it; one that none gives alone has
-            the commands of all, and the first one's commit.
+            that a ratio never has its sides from two. Where what is wanted depends on the run, the
+            most demanding of them counts. Each figure is told with commands and commit of the first
+            run that gives it; one that none gives alone has the commands of all, and the first
+            one's commit; what nobody measured has none.
     """
     rows = []
     for target in targets:
         figure = target.measure(measured)
         # What is wanted may be of a ratio, whose sides come from one run as well.
         limits = [limit for one in alone if (limit := target.wanted(one)) is not None]
-        wanted = max(limits) if limits else target.wanted(measured)
+        strictest = min if target.is_limit else max
+        wanted = strictest(limits) if limits else target.wanted(measured)
         own = [target.measure(one) for one in alone]
         found = [one for one in own if one is not None]
         if found and not target.is_limit:
             figure = max(found)
         gave = [
-            manifest
-            for manifest, one in zip(manifests, own, strict=bool(alone))
-            if figure is not None and one == figure
+            manifest for manifest, one in zip(manifests, own, strict=bool(alone)) if one == figure
         ]
-        told = gave[:1] or manifests
-        git = told[0]["environment"].get("git") or {}
+        told = [] if figure is None else gave[:1] or [*manifests]
+        git = (told[0]["environment"].get("git") or {}) if told else {}
         commands = dict.fromkeys(" ".join(line) for one in told for line in _commands(one))
         rows.append(
             {
@@ -92,7 +92,7 @@ def judge(
                 "measured": _rounded(figure),
                 "unit": target.unit,
                 "met": target.met(figure, wanted),
-                "command": " && ".join(commands),
+                "command": " && ".join(commands) or None,
                 "commit": git.get("commit"),
                 "device": _device(manifests[0]),
             }
