@@ -144,7 +144,8 @@ class HostValues:
     def __init__(self, largest: Sizes) -> None:
         values = (largest.prompts, largest.heads, largest.tokens, largest.dim)
         self.memory = HostMemory(pinned=True)
-        self.bytes = self.memory.take((math.prod(values) * largest.dtype.itemsize,), torch.uint8)
+        count = math.prod(values) * largest.dtype.itemsize
+        [self.bytes] = self.memory.take(((count,), torch.uint8))
 
     def chunks(self, s: Sizes) -> Tensor:
         """[P, Hk, C, c, D] of the dtype that values of these sizes are kept in, or packed."""

@@ -40,24 +40,38 @@ class HostMemory:
         if pinned:
             weakref.finalize(self, _leave, self._blocks)
 
-    def take(self, size: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor that holds anything.
+    def take(self, *rooms: tuple[Sequence[int], torch.dtype]) -> list[Tensor]:
+        """A tensor that holds anything for each size and dtype.
 
-        Pinned memory that is idle, if it is large enough; else all that is idle is given back
-        first. Raises OutOfHostMemory where the system refuses to pin so much.
+        Pinned memory that is idle serves where it is large enough, but never so that more is pinned
+        in the end than is asked for or was pinned before; if it does not serve all, the rest of it
+        is given back first. Raises OutOfHostMemory where the system refuses to pin so much.
         """
-        count = math.prod(size) * dtype.itemsize
+        counts = [math.prod(size) * dtype.itemsize for size, dtype in rooms]
+        found: list[Tensor | None] = [None] * len(counts)
+        if self._pinned:
+            found = _take_idle(counts)
+            # Theirs from here on: whatever fails, they are idle again when the owner is gone.
+            self._blocks += [block for block in found if block is not None]
+            if any(block is None and count for block, count in zip(found, counts, strict=True)):
+                _give_back()
+        return [
+            self._space(block, count)[:count].view(dtype).view(tuple(size))
+            for (size, dtype), count, block in zip(rooms, counts, found, strict=True)
+        ]
+
+    def _space(self, block: Tensor | None, count: int) -> Tensor:
+        """So many bytes, or more where a block is there already."""
+        if block is not None:
+            return block
         if not count:
-            return torch.empty(tuple(size), dtype=dtype)
-        block = _take_idle(count) if self._pinned else None
-        if block is None:
-            block = self._pin_new(count) if self._pinned else _map(count)
-        self._blocks.append(block)
-        return block[:count].view(dtype).view(tuple(size))
+            return torch.empty(0, dtype=torch.uint8)
+        new = self._pin_new(count) if self._pinned else _map(count)
+        self._blocks.append(new)
+        return new
 
     def _pin_new(self, count: int) -> Tensor:
         """Pin a block; torch's own come in powers of two: of 128 GiB that is too much."""
-        _give_back()
         block = _map(count)
         # Touched here, on all cores; pinning would do it on one.
         block[::PAGE_BYTES] = 0
@@ -79,10 +93,24 @@ def _map(count: int) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def _take_idle(count: int) -> Tensor | None:
-    """The smallest idle block that holds so many bytes."""
-    fitting = [place for place, block in enumerate(_idle) if block.numel() >= count]
-    return _idle.pop(min(fitting, key=lambda i: _idle[i].numel())) if fitting else None
+def _take_idle(counts: Sequence[int]) -> list[Tensor | None]:
+    """For each number of bytes the smallest idle block that holds it, if one may be used for it.
+
+    What blocks are too large by is lost to their owner, so all together may be that by no more than
+    is idle beyond what is asked for.
+    """
+    found: list[Tensor | None] = [None] * len(counts)
+    spare = max(idle_bytes() - sum(counts), 0)
+    for place in sorted(range(len(counts)), key=lambda i: -counts[i]):
+        count = counts[place]
+        fitting = [
+            i for i, block in enumerate(_idle) if 0 < count <= block.numel() <= count + spare
+        ]
+        if fitting:
+            block = _idle.pop(min(fitting, key=lambda i: _idle[i].numel()))
+            spare -= block.numel() - count
+            found[place] = block
+    return found
 
 
 def _give_back() -> None:

@@ -55,16 +55,23 @@ class ValueStore:
         self.scales: dict[int, dict[int, Tensor]] = {}
         self.packer = Packer()
         self._host = HostMemory(pinned=device.type == "cuda")
-        for layer, form in ((i, form) for i, wanted in enumerate(forms) for form in wanted):
-            chunk_size = form.chunk_size
+
+        def room(form: ValueForm) -> tuple[tuple[int, ...], torch.dtype]:
             kept_in, width = stored(form.dtype, dtype, dim)
-            room = (prompts, heads, exact_tokens if form == EXACT else self.tokens, width)
+            return (prompts, heads, exact_tokens if form == EXACT else self.tokens, width), kept_in
+
+        places = [(layer, form) for layer, wanted in enumerate(forms) for form in wanted]
+        on_host = [room(form) for _, form in places if form.placement == "host"]
+        host_spaces = iter(self._host.take(*on_host))
+        for layer, form in places:
             if form.placement == "host":
-                space = self._host.take(room, kept_in)
+                space = next(host_spaces)
             else:
-                space = torch.empty(room, dtype=kept_in, device=device)
+                own_size, kept_in = room(form)
+                space = torch.empty(own_size, dtype=kept_in, device=device)
             self.held.setdefault(form, {})[layer] = space
             # Values of one chunk size have one set of scales, wherever they lie.
+            chunk_size = form.chunk_size
             if chunk_size and layer not in self.scales.setdefault(chunk_size, {}):
                 count = self.tokens // chunk_size
                 self.scales[chunk_size][layer] = torch.empty(
