@@ -110,6 +110,7 @@ def spec_of(row: dict) -> MethodSpec:
         ("h100-decode-fp8", 6),
         ("h100-decode-packed", 3),
         ("h200-decode", 5),
+        ("h200-decode-61440", 3),
         ("h100-decode-batch-1", 3),
         ("h100-decode-245760", 2),
     ],
