@@ -10,7 +10,11 @@ import pytest
 
 from shadowkv_cli.bench import levers
 from shadowkv_cli.bench.levers import lever_table
+from shadowkv_cli.bench.markdown import section
 from shadowkv_cli.errors import UsageError
+from shadowkv_cli.results import read_run
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def row(speed: float, rate: float | None = 0.88, **more) -> dict:
@@ -95,3 +99,9 @@ def test_the_command_reads_a_run_and_writes_into_a_page(
         levers.main()
     assert stopped.value.code == 2
     assert json.loads((tmp_path / "b/throughput.jsonl").read_text().splitlines()[0])["lanes"] == 2
+
+
+def test_the_page_has_the_table_of_the_committed_run() -> None:
+    rows = read_run(ROOT / "results" / "h100-levers").throughput
+    page = (ROOT / "docs" / "decoding.md").read_text(encoding="utf-8")
+    assert section(page, levers.SECTION) == lever_table(rows)

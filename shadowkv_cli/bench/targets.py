@@ -36,7 +36,7 @@ from shadowkv_cli.run_config import EAGER
 SECTION = "targets"
 OFFICIAL_TOKENS_PER_S, OFFICIAL_BATCH = 350.0, 14
 """The official kernels on an H100 at 122,880 tokens and 59 % hits, launches hidden; measured for
-this project on the same shape (README, Throughput)."""
+this project on the same shape (docs/decoding.md)."""
 
 CLOSE_HITS = 0.02
 CONTEXT = 122_880
