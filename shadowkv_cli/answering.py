@@ -330,7 +330,7 @@ class Answerer:
     def _row(self, sample: Sample, spec: MethodSpec, number: int, prompt_tokens: int) -> Row:
         """What is known of a cell on a sample before it is decoded."""
         sparse = isinstance(spec, SparseSpec)
-        wanted = spec.wanted(prompt_tokens) if isinstance(spec, SparseSpec) else None
+        kept = spec.keeps(prompt_tokens) if isinstance(spec, SparseSpec) else None
         held = spec.cache_bytes(self.loaded.shape, prompt_tokens, sample.max_new_tokens)
         depths = sample.depths or []
         return {
@@ -340,8 +340,8 @@ class Answerer:
             "method": spec.name,
             "cell": spec.cell,
             "settings": spec.settings(),
-            "sparse_budget_tokens": wanted.selected_tokens if wanted else None,
-            "outlier_tokens": wanted.outlier_tokens if wanted else None,
+            "sparse_budget_tokens": kept.selected_tokens if kept else None,
+            "outlier_tokens": kept.outlier_tokens if kept else None,
             "pass": number,
             "metric": sample.metric,
             "num_references": len(sample.references),

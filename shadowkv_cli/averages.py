@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from shadowkv_cli.rowlog import Row
 from shadowkv_cli.stats import Interval, macro_average, mean_interval
-from shadowkv_cli.summary import AVERAGE, FULL, ScoreRecord, chosen_rows, group_by
+from shadowkv_cli.summary import (
+    AVERAGE,
+    FULL,
+    ScoreRecord,
+    chosen_rows,
+    group_by,
+    parts_of_score,
+)
 from shadowkv_cli.tables import NOTHING, Table, format_interval
 from shadowkv_cli.tasks.longbench.definitions import LongBenchSet, longbench_sets
 from shadowkv_cli.tasks.longbench.matching import chosen_letter
@@ -126,7 +134,7 @@ def group_averages(rows: Iterable[Row], suite: str) -> list[NamedAverage]:
 
 
 def _pooled(name: str, length: int, cell: str, rows: Sequence[Row]) -> NamedAverage:
-    references = max(row.get("num_references") or 1 for row in rows)
+    references = fmean(map(parts_of_score, rows))
     value = mean_interval([r["score"] for r in rows], num_references=references).scaled(100)
     active = any(not r.get("dense_fallback", False) for r in rows)
     return NamedAverage(name, length, cell, value, active)

@@ -134,7 +134,7 @@ def _kernels() -> Check:
     from shadowkv_cli.ops import compiled
 
     if not compiled.ABSENT:
-        return Check("kernels", "ok", "compiled, loaded: a GPU uses them")
+        return Check("kernels", "ok", "compiled, loaded: on a GPU they are used")
     found = f"{compiled.ABSENT}: torch ops are used"
     return Check("kernels", "note", found, compiled.HOW_TO_BUILD)
 

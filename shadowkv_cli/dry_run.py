@@ -47,7 +47,7 @@ class Plan:
         if as_json:
             print_json({"dry_run": True, **self.facts})
             return
-        for line in [*self.lines, "Nothing was run (--dry-run)."]:
+        for line in [*self.lines, "Nothing was run."]:
             print(line)
 
 
@@ -234,12 +234,14 @@ def _describe_throughput(
                 one_round = decode_seconds(facts, probe, read, settings.new_tokens)
                 seconds += settings.rounds * one_round
                 count += settings.rounds
+    before = (
+        f", after {num_prefills} prefills of {num_tokens:,} tokens in all" if num_prefills else ""
+    )
     line = (
         f"  throughput: {count} measurements ({len(specs)} cells, lengths "
         f"{', '.join(map(str, settings.context_lengths))}, batch {', '.join(settings.batch_rules)},"
         f" {settings.rounds} rounds) of {settings.new_tokens} steps, state {settings.state}"
-        f"{f', after {num_prefills} prefills of {num_tokens:,} tokens' if num_prefills else ''}: "
-        f"about {format_duration(seconds)}"
+        f"{before}: about {format_duration(seconds)}"
     )
     facts_of_it = {
         "measurements": count,
@@ -288,10 +290,12 @@ def describe_batches(config: BenchConfig) -> Plan:
     from shadowkv_cli.bench import plan as planner
     from shadowkv_cli.bench.cases import Room, make_cases
     from shadowkv_cli.model.loading import resolve_device
+    from shadowkv_cli.model.room import check_room
 
     settings, device = config.settings, resolve_device(config.model.device)
     facts, probe = _model(config.model, config.specs, max(settings.context_lengths))
     weights = facts.weight_bytes
+    check_room(facts.name, facts.dtype, weights, device)
     room = Room(facts.shape, device, still_to_load=weights, weight_bytes=weights, probe=probe)
     rows, lines = [], []
     for case in make_cases(config.specs, settings, room):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 from shadowkv_cli.stats import Interval
@@ -16,6 +17,16 @@ HIT_RATE_TOLERANCE = 0.05
 LEAST_CONFIDENCE = 0.9
 """What an interval of speed must cover to establish an order: 5 rounds cover 94 %."""
 
+LEAST_ROUNDS = next(n for n in itertools.count(1) if 1 - 2 ** (1 - n) >= LEAST_CONFIDENCE)
+"""Rounds whose whole range covers that much (see `stats.median_interval`)."""
+
+
+class Doubt(StrEnum):
+    """Why the order of two neighbours on the front is not established."""
+
+    OVERLAP = "overlaps"
+    FEW_ROUNDS = "few rounds"
+
 
 @dataclass(frozen=True)
 class FrontierPoint:
@@ -23,7 +34,7 @@ class FrontierPoint:
 
     Attributes:
         score_length: the length that the score is of; None: averaged over several lengths.
-        tested: False if full attention answered every sample of the accuracy phase.
+        tested: False if full attention answered every sample, or decoded in the method's place.
     """
 
     cell: str
@@ -48,8 +59,11 @@ class FrontierPoint:
 
 
 def _average_at(records: Sequence[ScoreRecord], length: int) -> ScoreRecord | None:
-    """The average at that length, else over everything that was measured."""
-    averages = [r for r in records if r.task == AVERAGE and r.score]
+    """The average at that length, else over everything that was measured.
+
+    Its score may be None, where a task failed altogether: then no other length stands in for it.
+    """
+    averages = [r for r in records if r.task == AVERAGE]
     at_length = [r for r in averages if r.context_length == length]
     overall = [r for r in averages if r.context_length is None]
     found = at_length or overall or averages
@@ -78,7 +92,7 @@ def join_sweep(
                 budget_tokens=average.budget_tokens,
                 score=average.score,
                 score_length=average.context_length,
-                tested=average.tested,
+                tested=average.tested and speed.tested,
                 tokens_per_s=speed.tokens_per_s,
                 context_length=speed.context_length,
                 batch_rule=speed.batch_rule,
@@ -115,18 +129,23 @@ def pareto_front(points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
     return front[::-1]
 
 
-def order_is_established(a: FrontierPoint, b: FrontierPoint) -> bool:
-    """Whether the intervals of the two are apart in score and in speed.
+def doubt_between(a: FrontierPoint, b: FrontierPoint) -> Doubt | None:
+    """Why the order of the two is not established; None if it is.
 
-    The interval of one or two rounds is their range, which says next to nothing.
+    Their intervals must be apart in score and in speed, and those of speed must be of enough
+    rounds: the interval of one or two is their range, which says next to nothing.
     """
+    if a.score.overlaps(b.score) or a.tokens_per_s.overlaps(b.tokens_per_s):
+        return Doubt.OVERLAP
     if min(p.tokens_per_s.confidence for p in (a, b)) < LEAST_CONFIDENCE:
-        return False
-    return not (a.score.overlaps(b.score) or a.tokens_per_s.overlaps(b.tokens_per_s))
+        return Doubt.FEW_ROUNDS
+    return None
 
 
-def unresolved_pairs(points: Sequence[FrontierPoint]) -> list[tuple[FrontierPoint, FrontierPoint]]:
-    """Neighbours on the front whose order the intervals do not establish.
+def unresolved_pairs(
+    points: Sequence[FrontierPoint],
+) -> list[tuple[FrontierPoint, FrontierPoint, Doubt]]:
+    """Neighbours on the front whose order is not established, and why.
 
     A front of one point is held against every other point: where both intervals overlap, it was
     not shown to be better in anything.
@@ -135,17 +154,36 @@ def unresolved_pairs(points: Sequence[FrontierPoint]) -> list[tuple[FrontierPoin
     if len(front) == 1:
         best = front[0]
         return [
-            (best, p)
+            (best, p, Doubt.OVERLAP)
             for p in points
             if p is not best
             and p.tested
             and p.score.overlaps(best.score)
             and p.tokens_per_s.overlaps(best.tokens_per_s)
         ]
-    neighbours = itertools.pairwise(front)
-    return [(a, b) for a, b in neighbours if not order_is_established(a, b)]
+    doubts = ((a, b, doubt_between(a, b)) for a, b in itertools.pairwise(front))
+    return [(a, b, doubt) for a, b, doubt in doubts if doubt]
+
+
+def point_doubts(points: Sequence[FrontierPoint]) -> dict[int, Doubt]:
+    """By `id` of a point, why its order to a neighbour is not established; overlaps come first."""
+    found: dict[int, Doubt] = {}
+    for a, b, doubt in unresolved_pairs(points):
+        for p in (a, b):
+            if found.get(id(p)) != Doubt.OVERLAP:
+                found[id(p)] = doubt
+    return found
+
+
+def reason(doubts: Collection[Doubt]) -> str:
+    """What these doubts come from, as the subject of `do not establish an order`."""
+    subjects = {
+        Doubt.OVERLAP: "intervals that overlap",
+        Doubt.FEW_ROUNDS: f"fewer than {LEAST_ROUNDS} rounds",
+    }
+    return " and ".join(text for doubt, text in subjects.items() if doubt in doubts)
 
 
 def frontier_is_resolved(points: Sequence[FrontierPoint]) -> bool:
-    """Whether the order of all neighbours on the front is established by their intervals."""
+    """Whether the order of all neighbours on the front is established."""
     return not unresolved_pairs(points)

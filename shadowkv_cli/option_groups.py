@@ -38,7 +38,10 @@ from shadowkv_cli.run_config import (
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """Let a command take groups: each parameter that is one becomes the options of its fields."""
+    """Let a command take groups: each parameter that is one becomes the options of its fields.
+
+    A list option that was given and holds nothing is refused before the command runs.
+    """
     signature = inspect.signature(command, eval_str=True)
     groups: dict[str, Any] = {
         name: parameter.annotation
@@ -48,6 +51,9 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
+        for name, value in values.items():
+            if isinstance(value, list):
+                given_names(value, "--" + name.replace("_", "-"))
         for name, group in groups.items():
             fields = [field.name for field in dataclasses.fields(group)]
             values[name] = group(**{field: values.pop(field) for field in fields})
@@ -232,10 +238,7 @@ class MethodOptions:
             value = getattr(self, field.name)
             if value is not None:
                 axes[field.name] = given_names(value, "--" + field.name.replace("_", "-"))
-        methods = ["full", "shadowkv"]
-        if self.method is not None:
-            given_names(self.method, "--method")
-            methods = self.method
+        methods = ["full", "shadowkv"] if self.method is None else self.method
         if not axes:
             return build_specs(methods, {})
         return one_at_a_time(methods, axes) if star else grid(methods, axes)

@@ -14,14 +14,16 @@ from shadowkv_cli.errors import UsageError
 def load_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
     """Make the values of a YAML file the defaults of this command; the command line wins.
 
-    Raises UsageError for a missing or unreadable file and for a name that the command has not.
+    Raises UsageError for a missing or unreadable file, for a name that the command has not and for
+    one that is given twice.
     """
     if path is None or ctx.resilient_parsing:
         return path
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
     except OSError as error:
         raise UsageError(f"Cannot read the configuration {path}: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -29,6 +31,16 @@ def load_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
         raise UsageError(f"The configuration {path} is not valid YAML: {reason}") from None
     if not isinstance(values, dict | None):
         raise UsageError(f"The configuration {path} must hold 'option: value' lines.")
+    # A mapping takes the last of equal keys and forgets the others.
+    seen: set[str] = set()
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    for key, _ in root.value if isinstance(root, yaml.MappingNode) else ():
+        name = str(key.value).replace("-", "_")
+        if name in seen:
+            raise UsageError(
+                f"The configuration {path} gives '{key.value}' twice: keep one of them."
+            )
+        seen.add(name)
     params = {_config_name(p): p for p in ctx.command.params if p.name not in ("config", "help")}
     defaults: dict[str, Any] = {}
     for key, value in (values or {}).items():

@@ -12,7 +12,7 @@ from shadowkv_cli.errors import UsageError, unknown_name
 from shadowkv_cli.plots import style
 from shadowkv_cli.plots.data import PlotData, load
 from shadowkv_cli.results import PLOTS as PLOTS_FOLDER
-from shadowkv_cli.results import Run
+from shadowkv_cli.results import Run, check_writable
 from shadowkv_cli.rowlog import write_atomic, write_failure
 from shadowkv_cli.summary import csv_text
 
@@ -60,8 +60,10 @@ def draw_plots(
         The files written, and why each plot that was left out was.
 
     Raises:
-        UsageError: unknown plot, one that the data do not allow, or no plot possible at all.
+        UsageError: unknown plot, one that the data do not allow, no plot possible at all, or an
+            output that cannot be written to.
     """
+    check_writable(output)
     data = load(runs)
     wanted = list(names) if names else list(PLOTS)
     reasons = {name: _module(name).unavailable(data) for name in wanted}

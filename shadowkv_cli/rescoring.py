@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,21 +121,34 @@ def _checked_rows(path: Path, samples: dict[str, Sample]) -> Iterator[Row]:
         yield scored
 
 
+def _check_kind(path: Path) -> None:
+    """Raise UsageError if the first row tells that the file holds something else."""
+    with path.open("rb") as file:
+        first = next((line for line in file if line.strip()), None)
+    if first is None:
+        return
+    try:
+        row = json.loads(first)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not row.keys() & {"id", "prediction"}:
+        raise UsageError(
+            f"'{path}' is not a file of predictions: its first line is no JSON object with 'id' "
+            "and 'prediction'. Give a JSONL file that has one in each line."
+        )
+
+
 def rescore(predictions: Path, data: Path) -> Rescored:
     """Score a JSONL file whose rows have at least `id` and `prediction`.
 
     `cell`, `method`, `settings`, `pass` and the audit are respected where a row has them; a score
-    that it has is replaced. Raises UsageError for a missing or empty file, an unknown or repeated
-    id or a missing field, ShadowKVError for a line that is no JSON; both name file and line.
+    that it has is replaced. Raises UsageError for a missing or empty file or one of another kind,
+    an unknown or repeated id or a missing field, ShadowKVError for a later line that is no JSON;
+    what is wrong with a row names file and line.
     """
     if not predictions.is_file():
         raise UsageError(f"There are no predictions '{predictions}': give a JSONL file.")
-    with predictions.open("rb") as file:
-        beginning = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if beginning and not beginning.startswith(b"{"):
-        raise UsageError(
-            f"'{predictions}' is no JSONL: each line must be an object with 'id' and 'prediction'."
-        )
+    _check_kind(predictions)
     samples = read_samples(Dataset.open(data))
     rows = list(_checked_rows(predictions, samples))
     if not rows:

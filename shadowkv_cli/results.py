@@ -29,6 +29,15 @@ LogName = Literal["predictions", "throughput", "prefill"]
 MANIFEST, LOCK, SUMMARY, PLOTS = "manifest.json", ".lock", "summary.csv", "plots"
 LOGS: tuple[LogName, ...] = ("predictions", "throughput", "prefill")
 FIGURE_SUFFIXES = (".png", ".svg", ".csv")
+NUMBERS = (
+    *("context_length", "prompt_tokens", "generated_tokens", "pass", "score", "num_references"),
+    *("sparse_budget_tokens", "outlier_tokens", "attended_tokens", "hit_rate"),
+    *("gpu_bytes", "host_bytes", "peak_memory_bytes"),
+    *("prefill_peak_bytes", "prefill_allowed_bytes"),
+    *("batch_size", "round", "decode_steps", "samples_together"),
+    *("tokens_per_s", "step_ms_p50", "step_ms_p99", "predicted_step_ms", "prefill_s", "decode_s"),
+)
+"""Fields of rows that are calculated with; a row that has one holds a number in it, or null."""
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:
@@ -265,7 +274,7 @@ class RunFolder:
 
     def read(self, log: LogName) -> Iterator[Row]:
         """Yield the rows of a log; nothing if nothing was appended yet."""
-        return read_rows(self.log_path(log))
+        return read_rows(self.log_path(log), numbers=NUMBERS)
 
     def close(self) -> None:
         """Let other processes write to the folder."""
@@ -292,18 +301,25 @@ def _refuse_foreign(path: Path) -> None:
         )
 
 
-def check_place(path: Path) -> None:
-    """Refuse a place that no run can be written to, before anything slow happens.
+def check_writable(path: Path) -> None:
+    """Refuse a folder that nothing can be written into, before anything slow happens.
 
-    Raises UsageError: a file, a folder of somebody else's, or no permission to write.
+    Raises UsageError: it is a file or lies below one, or there is no permission to write.
     """
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not existing.is_dir():
         raise UsageError(f"'{existing}' is a file: choose another --output.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"Cannot write to '{existing}': choose another --output.")
-    if existing == path:
-        _refuse_foreign(path)
+
+
+def check_place(path: Path) -> None:
+    """Refuse a place that no run can be written to, before anything slow happens.
+
+    Raises UsageError as `check_writable` does, and for a folder of somebody else's.
+    """
+    check_writable(path)
+    _refuse_foreign(path)
 
 
 def _take_lock(path: Path) -> int:
@@ -357,4 +373,5 @@ def read_run(path: Path) -> Run:
         ShadowKVError: its files are damaged; names file and line.
     """
     manifest = _read_manifest(path)
-    return Run(path, manifest, *(list(read_rows(path / f"{log}.jsonl")) for log in LOGS))
+    logs = (path / f"{log}.jsonl" for log in LOGS)
+    return Run(path, manifest, *(list(read_rows(log, numbers=NUMBERS)) for log in logs))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,16 @@ def parse_row(path: Path, number: int, line: bytes) -> Row:
     return row
 
 
+def _check_numbers(path: Path, number: int, row: Row, names: Collection[str]) -> None:
+    """Raise ShadowKVError naming file and line if one of the fields is neither number nor null."""
+    for name in names:
+        if not isinstance(row.get(name), int | float | None):
+            raise ShadowKVError(
+                f"{path}:{number}: the field '{name}' must be a number or null, not "
+                f"{json.dumps(row[name])}; delete that line to go on without it."
+            )
+
+
 def _ends_group(row: Row) -> bool:
     part = row.get(PART)
     return part is None or part[0] == part[1]
@@ -126,13 +136,16 @@ def repair(path: Path) -> None:
     )
 
 
-def read_rows(path: Path, *, whole_groups: bool = True) -> Iterator[Row]:
+def read_rows(
+    path: Path, *, whole_groups: bool = True, numbers: Collection[str] = ()
+) -> Iterator[Row]:
     """Yield the rows of a log, without `part`; nothing if the file does not exist.
 
     A last line without its newline is left out with a notice, and so is a last group that is not
     whole unless `whole_groups` is False (files that were filtered by hand; blank lines are
     skipped there).
-    Raises ShadowKVError naming file and line for a broken line anywhere else.
+    Raises ShadowKVError naming file and line for a broken line anywhere else, and for a row that
+    holds neither a number nor null in one of the fields `numbers`.
     """
     if not path.exists():
         return
@@ -146,6 +159,7 @@ def read_rows(path: Path, *, whole_groups: bool = True) -> Iterator[Row]:
                 cut = 1
                 break
             row = parse_row(path, number, line)
+            _check_numbers(path, number, row, numbers)
             ends, starts = _ends_group(row), row.pop(PART, (1, 1))[0] == 1
             if starts or not whole_groups:
                 yield from group

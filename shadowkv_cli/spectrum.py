@@ -12,6 +12,7 @@ from shadowkv_cli.config import PACKABLE, ShadowKVSpec, SparseBudget
 from shadowkv_cli.console import progress
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.evaluate import environment_of, load_inputs
+from shadowkv_cli.rowlog import write_atomic, write_failure
 from shadowkv_cli.run_config import EvalConfig
 from shadowkv_cli.tables import Table
 from shadowkv_cli.tasks.tokenization import encode_prompt
@@ -112,10 +113,13 @@ class Spectrum:
         )
 
     def write(self, folder: Path) -> Path:
-        """Write everything as JSON; returns the file."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write everything as JSON; returns the file. Raises ShadowKVError if that fails."""
         path = folder / FILE
-        path.write_text(json.dumps(self.content(), indent=2) + "\n", encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_failure(folder, error) from error
+        write_atomic(path, json.dumps(self.content(), indent=2) + "\n")
         return path
 
 

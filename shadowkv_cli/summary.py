@@ -28,6 +28,10 @@ AVERAGE = "average"
 FULL = "full"
 
 
+COUNTING_METRICS = frozenset({"string_match_all", "shadowkv_multi_number", "shadowkv_multi_words"})
+"""Metrics whose score is the share of a sample's references that were found."""
+
+
 @dataclass(frozen=True)
 class ScoreRecord:
     """Score of one cell on one task at one length, or averaged over them.
@@ -84,6 +88,8 @@ class ThroughputRecord:
         peak_memory_bytes: the largest of the rounds.
         prefill_peak_bytes, prefill_allowed_bytes: the same of the prefills on a GPU, and what they
             may take by the sizes of model and caches.
+        tested: False if the prompt is not longer than what the method keeps, so that it was decoded
+            with full attention.
     """
 
     cell: str
@@ -108,6 +114,7 @@ class ThroughputRecord:
     predicted_step_ms: float | None
     prefill_peak_bytes: float | None = None
     prefill_allowed_bytes: float | None = None
+    tested: bool = True
 
 
 def group_by(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
@@ -148,6 +155,14 @@ def chosen_rows(rows: Iterable[Row]) -> tuple[list[tuple[Row, Row | None]], int]
     return chosen, failed
 
 
+def parts_of_score(row: Row) -> int:
+    """What a row's score is a share of: its references, where the metric counts those it finds.
+
+    Elsewhere references are alternatives, of which the best one counts, or there is one.
+    """
+    return int(row.get("num_references") or 1) if row.get("metric") in COUNTING_METRICS else 1
+
+
 def _difference(pairs: list[tuple[float, float]], references: float) -> Interval | None:
     if not pairs:
         return None
@@ -162,7 +177,7 @@ def _score_record(cell_rows: list[Row], full_rows: list[Row]) -> ScoreRecord:
     chosen, failed = chosen_rows(cell_rows if is_full else cell_rows + full_rows)
     rows = [row for row, _ in chosen]
     pairs = [] if is_full else [(r["score"], f["score"]) for r, f in chosen if f is not None]
-    references = _mean(r.get("num_references") for r in rows) or 1
+    references = _mean(map(parts_of_score, rows)) or 1
     changed = sum(f is not None and r["prediction"] != f["prediction"] for r, f in chosen)
 
     def mean(name: str) -> float | None:
@@ -191,10 +206,15 @@ def _score_record(cell_rows: list[Row], full_rows: list[Row]) -> ScoreRecord:
 
 
 def _average(records: list[ScoreRecord], context_length: int | None) -> ScoreRecord:
-    """Unweighted mean of one cell's records; intervals by `stats.macro_average`."""
+    """Unweighted mean of one cell's records; intervals by `stats.macro_average`.
+
+    None where a record has none: over the others it would be a mean of other tasks than those of
+    the cells beside it.
+    """
     first = records[0]
     scores = [r.score for r in records if r.score]
     differences = [r.difference for r in records if r.difference]
+    scored, paired = (len(found) == len(records) for found in (scores, differences))
 
     def mean(name: str) -> float | None:
         return _mean(getattr(r, name) for r in records)
@@ -205,10 +225,10 @@ def _average(records: list[ScoreRecord], context_length: int | None) -> ScoreRec
         settings=first.settings,
         context_length=context_length,
         task=AVERAGE,
-        score=macro_average(scores) if scores else None,
+        score=macro_average(scores) if scored else None,
         failed=sum(r.failed for r in records),
-        difference=macro_average(differences) if differences else None,
-        differing=sum(r.differing or 0 for r in records) if differences else None,
+        difference=macro_average(differences) if paired else None,
+        differing=sum(r.differing or 0 for r in records) if paired else None,
         active_share=mean("active_share"),
         budget_tokens=mean("budget_tokens"),
         outlier_tokens=mean("outlier_tokens"),
@@ -258,6 +278,7 @@ def _throughput_record(rows: list[Row], full: list[Row]) -> ThroughputRecord:
     ratios = [r["tokens_per_s"] / reference[r["round"]] for r in good if r["round"] in reference]
     steps = [ms for r in good for ms in r.get("step_ms") or []]
     prefills = [r["prefill_s"] for r in good if r.get("prefill_s") is not None]
+    tested = not first.get("dense_fallback", False)
 
     def mean(name: str) -> float | None:
         return _mean(r.get(name) for r in good)
@@ -276,7 +297,7 @@ def _throughput_record(rows: list[Row], full: list[Row]) -> ThroughputRecord:
         device=first["device"],
         tokens_per_s=median_interval([r["tokens_per_s"] for r in good]) if good else None,
         failed=len(rows) - len(good),
-        ratio=median_interval(ratios) if ratios and first["method"] != FULL else None,
+        ratio=median_interval(ratios) if ratios and first["method"] != FULL and tested else None,
         step_ms_p50=float(np.percentile(steps, 50)) if steps else mean("step_ms_p50"),
         step_ms_p99=float(np.percentile(steps, 99)) if steps else mean("step_ms_p99"),
         prefill_s=median(prefills) if prefills else None,
@@ -284,10 +305,11 @@ def _throughput_record(rows: list[Row], full: list[Row]) -> ThroughputRecord:
         gpu_bytes=mean("gpu_bytes"),
         host_bytes=mean("host_bytes"),
         peak_memory_bytes=most("peak_memory_bytes"),
-        hit_rate=mean("hit_rate"),
+        hit_rate=mean("hit_rate") if tested else None,
         predicted_step_ms=mean("predicted_step_ms"),
         prefill_peak_bytes=most("prefill_peak_bytes"),
         prefill_allowed_bytes=most("prefill_allowed_bytes"),
+        tested=tested,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shadowkv_cli.console import format_bytes, print_table
-from shadowkv_cli.frontier import FrontierPoint, panels, pareto_front, unresolved_pairs
+from shadowkv_cli.frontier import Doubt, FrontierPoint, panels, pareto_front, point_doubts, reason
 from shadowkv_cli.run_config import EAGER
 from shadowkv_cli.stats import Interval
 from shadowkv_cli.summary import AVERAGE, FULL, ScoreRecord, ThroughputRecord
@@ -14,6 +14,9 @@ from shadowkv_cli.summary import AVERAGE, FULL, ScoreRecord, ThroughputRecord
 MAX_METHOD_COLUMNS = 6
 MAX_DIFFERENCE_COLUMNS = 2
 NOTHING = "-"
+UNTESTED = (
+    "the prompts are not longer than what the method keeps, so full attention took its place."
+)
 
 
 @dataclass(frozen=True)
@@ -141,10 +144,7 @@ def _score_notes(records: Sequence[ScoreRecord]) -> list[str]:
         notes.append(f"Failed samples, left out of the scores: {what}.")
     untested = list(dict.fromkeys(r.cell for r in tasks if not r.tested))
     if untested:
-        notes.append(
-            f"Not tested ({', '.join(untested)}): the prompts are not longer than what the method "
-            "keeps, so full attention answered."
-        )
+        notes.append(f"Not tested ({', '.join(untested)}): {UNTESTED}")
     if any(r.difference is not None for r in records):
         notes.append(
             "Difference to full attention in points, paired by sample (Tango's score interval)."
@@ -198,7 +198,7 @@ def throughput_table(records: Sequence[ThroughputRecord], notes: Sequence[str] =
             str(r.context_length),
             str(r.batch_size) if r.batch_rule.isdigit() else f"{r.batch_size} ({r.batch_rule})",
             format_interval(r.tokens_per_s) if r.tokens_per_s else "failed",
-            format_interval(r.ratio, digits=2),
+            format_interval(r.ratio, digits=2) if r.tested else "not tested",
             _number(r.step_ms_p50, 1),
             _number(r.step_ms_p99, 1),
             _number(r.predicted_step_ms, 1),
@@ -223,6 +223,9 @@ def throughput_table(records: Sequence[ThroughputRecord], notes: Sequence[str] =
             f"Intervals are the whole range of the rounds and cover {min(covered):.0%}: "
             "6 rounds or more give 95 %."
         )
+    untested = list(dict.fromkeys(r.cell for r in records if not r.tested))
+    if untested:
+        own.append(f"Not tested ({', '.join(untested)}): {UNTESTED}")
     if any(r.method == EAGER for r in records):
         own.append(
             f"{EAGER}: full attention in transformers' own forward, SDPA, op by op; its keys and "
@@ -245,23 +248,23 @@ def frontier_table(
     own: list[str] = []
     for (length, rule), panel in panels(points).items():
         front = pareto_front(panel) if with_frontier else []
-        unsure = {id(p) for pair in unresolved_pairs(panel) for p in pair}
+        doubts = point_doubts(panel)
         rows += [
             [
                 p.cell,
                 f"{length}, {rule}",
                 format_interval(p.tokens_per_s),
                 format_interval(p.score) if p.tested else "not tested",
-                ("overlaps" if id(p) in unsure else "yes") if p in front else "",
+                doubts.get(id(p), "yes") if p in front else "",
                 _percent(p.hit_rate_accuracy),
                 _percent(p.hit_rate_throughput),
             ]
             for p in sorted(panel, key=lambda p: -p.tokens_per_s.estimate)
         ]
-    if any(row[4] == "overlaps" for row in rows):
+    for doubt in (doubt for doubt in Doubt if any(row[4] == doubt for row in rows)):
         own.append(
-            "overlaps: on the frontier by its estimates, but the intervals do not establish its "
-            "order to a neighbour there."
+            f"{doubt}: on the frontier by its estimates, but {reason([doubt])} do not establish "
+            "its order to a neighbour there."
         )
     elsewhere = sorted({p.score_length or 0 for p in points if p.score_length != p.context_length})
     if elsewhere:

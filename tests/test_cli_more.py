@@ -20,6 +20,7 @@ from shadowkv_cli.config import parse_lengths
 from shadowkv_cli.console import column_blocks, fold_name, print_table
 from shadowkv_cli.errors import ShadowKVError, UsageError
 from shadowkv_cli.rowlog import write_failure
+from shadowkv_cli.tasks.manifest import continue_manifest
 from shadowkv_cli.tasks.row_file import lock_folder
 
 BUILD = "build-data ruler --tokenizer demo --tasks vt --num-samples 2 --context-length"
@@ -95,6 +96,17 @@ def test_a_run_is_no_dataset_and_a_dataset_no_run(ruler_folder, tmp_path, capsys
     (tmp_path / "manifest.json").write_text('{"identity": {}}')
     assert run([*BUILD.split(), "1k", "--output", str(tmp_path)]) == 2
     assert "is not the manifest of a dataset" in only_line(capsys)
+
+
+def test_another_suites_dataset_is_named_as_such(ruler_folder, tmp_path, capsys) -> None:
+    with pytest.raises(UsageError, match=r"another suite \(ruler, not longbench\): choose another"):
+        continue_manifest(ruler_folder, {"suite": "longbench", "sources": {}})
+    other = {"suite": "longbench", "tasks": ["qasper"], "context_lengths": [4096]}
+    (tmp_path / "manifest.json").write_text(json.dumps(other))
+    assert run([*BUILD.split(), "1k", "--output", str(tmp_path)]) == 2
+    line = only_line(capsys)
+    assert f"{tmp_path} holds a dataset of another suite (longbench, not ruler)" in line
+    assert line.endswith("choose another --output.")
 
 
 PARENT = """
@@ -214,6 +226,26 @@ def test_options_without_effect_and_mistakes(command: str, says: str, capsys) ->
     assert says in only_line(capsys)
 
 
+@pytest.mark.parametrize("value", ["", ",", " , "])
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *(("bench", name) for name in ("--batch-size", "--context-length", "--method", "--rank")),
+        *(("bench", name) for name in ("--lanes", "--micro-batches", "--hit-rate", "--graph")),
+        *(("sweep", f"--bench-{name}") for name in ("batch-size", "context-length")),
+        *(("sweep", name) for name in ("--tasks", "--sparse-budget")),
+        *(("eval", name) for name in ("--tasks", "--context-length", "--value-placement")),
+    ],
+)
+def test_a_list_that_holds_nothing_is_refused(command, option, value, tmp_path, capsys) -> None:
+    words = [command, "--model", "demo", option, value, "--output", str(tmp_path / "run")]
+    words += [] if command == "bench" else ["--data", "d"]
+    assert run(words) == 2
+    said = f"shadowkv: {option} is empty: give it a value, or leave it out."
+    assert only_line(capsys) == said
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("command", ["build-data ruler", "eval", "bench", "sweep", "plot"])
 def test_no_option_shows_a_python_type(command: str, capsys) -> None:
     assert run([*command.split(), "--help"]) == 0
@@ -267,6 +299,23 @@ def test_wrong_types_in_a_configuration(content, says, tmp_path, ruler_folder, c
     assert says in only_line(capsys)
 
 
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ("rank: 8\nrank: 16\n", "rank"),
+        ("rank: 8\nnum-samples: 1\nrank: 8\n", "rank"),
+        ("num_samples: 1\nnum-samples: 2\n", "num-samples"),
+        ("rank: null\nrank: 8\n", "rank"),
+    ],
+)
+def test_a_key_that_stands_twice_in_a_configuration(content, key, tmp_path, capsys) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(content)
+    assert run(["eval", "--model", "demo", "--data", "d", "--config", str(file)]) == 2
+    said = f"shadowkv: The configuration {file} gives '{key}' twice: keep one of them."
+    assert only_line(capsys) == said
+
+
 @pytest.mark.parametrize("content", ["", "rank: null\n"])
 def test_empty_values_of_a_configuration_are_left_out(content, tmp_path, ruler_folder) -> None:
     (tmp_path / "c.yaml").write_text(content)
@@ -280,8 +329,10 @@ def test_empty_values_of_a_configuration_are_left_out(content, tmp_path, ruler_f
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("id,prediction\nvt-1024-0,x\n", "is no JSONL"),
-        ('[{"id": "vt-1024-0", "prediction": "x"}]', "is no JSONL"),
+        ("id,prediction\nvt-1024-0,x\n", "is not a file of predictions"),
+        ('[{"id": "vt-1024-0", "prediction": "x"}]', "is not a file of predictions"),
+        ('{\n  "schema_version": 1,\n  "kind": "eval"\n}\n', "is not a file of predictions"),
+        ('{"schema_version": 1, "kind": "eval"}\n', "is not a file of predictions"),
         ('{"id": ["a"], "prediction": "x"}', "the field 'id' must be a text"),
         ('{"id": "vt-1024-0", "prediction": "x", "audit": 7}', "'audit' must be an object"),
         ('{"id": "vt-1024-0", "prediction": "x", "pass": "a"}', "'pass' must be a whole number"),

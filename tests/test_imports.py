@@ -15,7 +15,7 @@ HEAVY = ("torch", "transformers", "datasets", "matplotlib", "pandas", "scipy", "
 
 BASE = (
     *("errors", "console", "config", "cells", "layout", "shared_bytes", "run_config"),
-    "environment",
+    *("environment", "host_memory"),
     "processes",
     *("rowlog", "stats", "results", "summary"),
 )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from shadowkv_cli import host_memory
 from shadowkv_cli.bench import cases, memory
 from shadowkv_cli.config import ModelShape
 from shadowkv_cli.run_config import BenchSettings
@@ -20,8 +23,8 @@ def machine(tmp_path: Path, monkeypatch):
     """Set what the system says: bytes available, and files of the control group."""
 
     def tell(available: int, **files: str) -> None:
-        monkeypatch.setattr(memory, "_proc_field", lambda file, name: available)
-        monkeypatch.setattr(memory, "CGROUP", tmp_path)
+        monkeypatch.setattr(host_memory, "proc_field", lambda file, name: available)
+        monkeypatch.setattr(host_memory, "CGROUP", tmp_path)
         for name, text in files.items():
             (tmp_path / name.replace("_", ".", 1)).write_text(text)
 
@@ -30,19 +33,19 @@ def machine(tmp_path: Path, monkeypatch):
 
 def test_without_a_limit_the_machine_decides(machine) -> None:
     machine(40 * GB)
-    assert memory.available_host_bytes() == 40 * GB
+    assert host_memory.available_host_bytes() == 40 * GB
     machine(40 * GB, memory_max="max\n", memory_current=f"{9 * GB}\n")
-    assert memory.available_host_bytes() == 40 * GB
+    assert host_memory.available_host_bytes() == 40 * GB
 
 
 def test_a_container_has_its_limit_but_for_what_it_holds(machine) -> None:
     machine(900 * GB, memory_max=str(137 * GB), memory_current=str(30 * GB))
-    assert memory.available_host_bytes() == 107 * GB
+    assert host_memory.available_host_bytes() == 107 * GB
     stat = f"anon {4 * GB}\ninactive_file {25 * GB}\nactive_file 5\n"
     machine(900 * GB, memory_stat=stat)
-    assert memory.available_host_bytes() == 132 * GB, "a file that was read can be dropped"
+    assert host_memory.available_host_bytes() == 132 * GB, "a file that was read can be dropped"
     machine(20 * GB)
-    assert memory.available_host_bytes() == 20 * GB
+    assert host_memory.available_host_bytes() == 20 * GB
 
 
 @pytest.mark.parametrize(("available", "left"), [(10, 1), (60, 6), (130, 6), (1000, 6)])
@@ -77,3 +80,56 @@ def test_a_gpu_that_decodes_leaves_what_filling_a_layer_takes(
     assert 68 * GB - free == pytest.approx(left, rel=1e-3)
     prompts = replace(settings, state="tokens")
     assert cases.free_bytes(torch.device("cuda"), prompts, shape, tokens) == 68 * GB - 8.5 * GB
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "bench --model shape:llama-3.1-8b --context-length 4k --method full --state synthetic",
+        "bench --model shape:llama-3.1-8b --context-length 4k --method full --plan",
+        "bench --model shape:llama-3.1-8b --context-length 4k --dtype bfloat16 --method full",
+        "bench --model demo --context-length 1k",
+        "eval --model demo --data {data}",
+        "sweep --model demo --data {data} --rank 8,16 --num-workers 2",
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_before_any_is_read(
+    command: str, ruler_folder: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from shadowkv_cli.cli import run
+    from shadowkv_cli.model import room
+
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", read)
+    monkeypatch.setattr(room, "available_host_bytes", lambda: 10**7)
+    given = command.format(data=ruler_folder).split()
+    output = [] if "--plan" in given else ["--output", str(tmp_path / "run")]
+    assert run([*given, "--device", "cpu", *output]) == 2
+    [told] = re.findall("^shadowkv: (.*)$", capsys.readouterr().err, re.MULTILINE)
+    assert "10.0 MB of the host's memory are free: use" in told
+    assert ("--dtype bfloat16" in told) == ("bfloat16" not in given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_in_fewer_bits_or_with_code_of_their_own_are_not_judged(
+    tiny_model_folder: Path, monkeypatch
+) -> None:
+    from shadowkv_cli.errors import UsageError
+    from shadowkv_cli.model import room
+    from shadowkv_cli.run_config import ModelChoice
+
+    monkeypatch.setattr(room, "available_host_bytes", lambda: 1000)
+    choice = ModelChoice(str(tiny_model_folder), "float32", "cpu")
+    cpu = torch.device("cpu")
+    with pytest.raises(UsageError, match=r"take .* MB in float32, 1.0 kB of the host's memory"):
+        room.check_weights_fit(choice, torch.float32, cpu)
+    room.check_weights_fit(replace(choice, trust_remote_code=True), torch.float32, cpu)
+    config = json.loads((tiny_model_folder / "config.json").read_text())
+    assert "quantization_config" not in config
+    facts = room.model_facts(choice, torch.float32)
+    monkeypatch.setattr(room, "model_facts", lambda *_: replace(facts, is_quantised=True))
+    room.check_weights_fit(choice, torch.float32, cpu)

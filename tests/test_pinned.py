@@ -135,9 +135,9 @@ def test_two_owners_never_share(runtime: Runtime) -> None:
     assert first.tensors[0].eq(1).all()
 
 
-def test_what_cannot_be_pinned_is_told_in_gigabytes(runtime: Runtime) -> None:
+def test_what_cannot_be_pinned_is_told(runtime: Runtime) -> None:
     runtime.limit = 5000
-    with pytest.raises(ShadowKVError, match=r"after 1 pieces .* smaller batch"):
+    with pytest.raises(ShadowKVError, match=r"pin 4.0 kB .* beside 4.0 kB .* smaller batch"):
         Owner(2000, 2000)
     gc.collect()
     assert idle_bytes() == 4000, "what was pinned before it is not lost"

@@ -104,23 +104,27 @@ def spec_of(row: dict) -> MethodSpec:
 
 
 @pytest.mark.parametrize(
-    ("run", "cells"),
+    ("run", "cells", "within"),
     [
-        ("h100-decode", 3),
-        ("h100-decode-fp8", 6),
-        ("h100-decode-packed", 3),
-        ("h200-decode", 5),
-        ("h200-decode-61440", 3),
-        ("h100-decode-batch-1", 3),
-        ("h100-decode-245760", 2),
+        ("h100-decode", 3, 0.08),
+        ("h100-decode-fp8", 6, 0.08),
+        ("h100-decode-packed", 3, 0.08),
+        ("h200-decode", 5, 0.08),
+        ("h200-decode-61440", 3, 0.08),
+        ("h100-decode-batch-1", 3, 0.08),
+        ("h100-decode-245760", 2, 0.08),
+        ("h100-decode-61440", 2, 0.1),
+        ("h100-levers", 24, 0.16),  # two micro-batches where they do not pay, 88 % of hits
     ],
 )
-def test_steps_are_foretold_as_the_reference_runs_measured_them(run: str, cells: int) -> None:
-    measured = cells_of(RESULTS / run)
+def test_steps_are_foretold_as_the_reference_runs_measured_them(
+    run: str, cells: int, within: float
+) -> None:
+    measured = [cell for cell in cells_of(RESULTS / run) if cell.rows[0]["captured"]]
     assert len(measured) == cells
     for cell in measured:
         found = cell.foretold(spec_of(cell.rows[0]))
-        assert found == pytest.approx(cell.step_ms, rel=0.08), cell.rows[0]["cell"]
+        assert found == pytest.approx(cell.step_ms, rel=within), cell.rows[0]["cell"]
 
 
 def test_two_micro_batches_are_foretold_to_be_faster_where_they_were_measured() -> None:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from shadowkv_cli.commands.plot import plot
 from shadowkv_cli.errors import UsageError
-from shadowkv_cli.plots import frontier_plot, parameters_plot, style
+from shadowkv_cli.plots import deltas_plot, frontier_plot, parameters_plot, style
 from shadowkv_cli.plots.data import different_settings, load, pretty_cell, representative_cells
 from shadowkv_cli.plotting import PLOTS, available, default_output, draw_plots
 from shadowkv_cli.results import RunFolder, read_run
@@ -328,9 +328,99 @@ def test_random_weights_get_no_frontier(tmp_path):
 def test_overlapping_intervals_get_no_frontier(tmp_path):
     data = predictions(CELLS, 4), rounds(CELLS, noise=3)
     text = svg_text(write_run(tmp_path / "r", "sweep", *data, toy_model=True), tmp_path)
-    assert "order is not established" in text
+    assert "No frontier: intervals that overlap<" in text
     assert "Pareto frontier" not in text
     assert "Toy model." in text
+
+
+@pytest.mark.parametrize(("count", "covers"), [(1, "0"), (2, "50"), (3, "75"), (6, None)])
+def test_a_frontier_says_what_few_rounds_are_worth(tmp_path, count, covers):
+    pair = [CELLS[0], CELLS[1]]
+    few = [batch for batch in rounds(pair) if batch[0]["round"] < count]
+    text = svg_text(write_run(tmp_path / "r", "sweep", predictions(pair, 60), few), tmp_path)
+    text = text.replace("\u00a0", " ")
+    assert "overlap" not in text
+    assert ("No frontier: fewer than 5 rounds<" in text) == (covers is not None)
+    assert ("Pareto frontier" in text) == (covers is None)
+    assert ("whole" in text) == (covers is not None)
+    if covers:
+        assert f"covers {covers} %" in text
+
+
+def with_budgets(budgets, samples=5):
+    """Predictions of one method at these budgets; nothing else varies."""
+    cells = [(label(s), s) for s in ({**GRID[0], "sparse_budget": b} for b in budgets)]
+    return predictions([CELLS[0], *cells], samples)
+
+
+@pytest.mark.parametrize(
+    ("budgets", "axis", "ticks", "joined"),
+    [
+        (("64", "128"), "Sparse budget (tokens)", ["64", "128"], True),
+        (("12%", "6%"), "Sparse budget (share of the prompt)", ["6%", "12%"], True),
+        (("6%", "56"), "Sparse budget (tokens, or % of the prompt)", ["56", "6%"], False),
+    ],
+)
+def test_the_axis_of_budgets_has_their_unit(tmp_path, budgets, axis, ticks, joined):
+    run = write_run(tmp_path / "r", "sweep", with_budgets(budgets))
+    with matplotlib.rc_context(style.RC):
+        figure = parameters_plot.draw(load([run]))
+        [panel] = figure.axes
+        assert panel.get_xlabel() == axis
+        assert [t.get_text() for t in panel.get_xticklabels()] == ticks
+        [line] = [c.lines[0] for c in panel.containers]
+        assert (line.get_linestyle() != "None") == joined
+        texts = " ".join(t.get_text().replace("\n", " ") for t in figure.texts)
+        assert ("Not joined" in texts) != joined
+
+
+def deltas(run):
+    """The figure of differences: its axes and all words below them."""
+    with matplotlib.rc_context(style.RC):
+        figure = deltas_plot.draw(load([run]))
+        figure.canvas.draw()
+    return figure.axes, " ".join(t.get_text().replace("\n", " ") for t in figure.texts)
+
+
+def test_methods_without_a_difference_are_told_apart(tmp_path):
+    run = write_run(tmp_path / "r", "eval", ([*b] for b in predictions(CELLS[:3], 4)))
+    for row in run.predictions:
+        row["score"] = 1.0
+    [axes], words = deltas(run)
+    markers = [line for line in axes.lines if line.get_marker() in style.MARKERS]
+    assert [line.get_color() for line in markers] == [*style.OKABE_ITO[:2]]
+    assert all(list(line.get_xdata()) == [0, 0, 0] for line in markers)
+    assert "Whiskers: 95 % interval" in words
+    assert "Bars" not in words
+
+
+@pytest.mark.parametrize("failing", [("vt",), ("niah_single_1", "vt")])
+def test_a_task_that_failed_is_marked_and_has_no_average(tmp_path, failing):
+    run = write_run(tmp_path / "r", "eval", predictions(CELLS[:3], 4))
+    cell = CELLS[1][0]
+    for row in run.predictions:
+        if row["cell"] == cell and row["task"] in failing:
+            row |= {"score": None, "prediction": None, "error": "out of memory"}
+    [axes], words = deltas(run)
+    marks = [t for t in axes.texts if t.get_text() == "failed"]
+    assert [t.get_color() for t in marks] == [style.OKABE_ITO[0]] * len(failing)
+    own, other = (line for line in axes.lines if line.get_marker() in style.MARKERS)
+    assert (len(own.get_xdata()), len(other.get_xdata())) == (2 - len(failing), 3)
+    assert "has no average" in words
+    draw_plots([run], tmp_path / "out", ["task-deltas"], dpi=50)
+    rows = [r for r in read_csv(tmp_path / "out" / "task-deltas.csv") if r["cell"] == cell]
+    empty = [(r["task"], r["failed"]) for r in rows if not r["difference"]]
+    assert empty == [(task, "4") for task in failing]
+
+
+def test_full_attention_that_failed_leaves_nothing_to_compare(tmp_path):
+    run = write_run(tmp_path / "r", "eval", predictions(CELLS[:2], 4))
+    for row in run.predictions:
+        if row["cell"] == "full" and row["task"] == "vt":
+            row |= {"score": None, "prediction": None, "error": "out of memory"}
+    [axes], _ = deltas(run)
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["niah_single_1"]
+    assert not axes.texts
 
 
 def test_available_says_what_is_needed(sweep, tmp_path):
@@ -421,3 +511,11 @@ print([name for name in ("torch", "transformers", "datasets") if name in sys.mod
     args = [sys.executable, "-c", code, str(sweep.path), str(tmp_path)]
     done = subprocess.run(args, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]", done
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_an_output_that_is_a_file_is_refused(sweep, tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match=r"file' is a file: choose another --output\."):
+        draw_plots([sweep], tmp_path / place, ["batch"], dpi=50)
+    assert (tmp_path / "file").read_text() == "mine"

@@ -146,7 +146,6 @@ def room(monkeypatch: pytest.MonkeyPatch) -> tuple[Room, dict[str, int]]:
     free = {"device": 60 * 10**9, "host": 110 * 10**9}
     monkeypatch.setattr(cases, "free_device_bytes", lambda *_: free["device"])
     monkeypatch.setattr(cases, "free_host_bytes", lambda: free["host"])
-    monkeypatch.setattr(cases, "available_host_bytes", lambda: free["host"])
     return Room(LLAMA, torch.device("cuda")), free
 
 

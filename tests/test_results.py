@@ -321,3 +321,27 @@ def test_done_cells():
     rows[1]["error"] = "out of memory"
     assert done_cells(rows) == {"s1": {"c0", "c1"}, "s2": {"c0"}}
     assert done_cells(rows, include_failed=False) == {"s1": {"c0"}, "s2": {"c0"}}
+
+
+@pytest.mark.parametrize(
+    ("log", "name", "value"),
+    [
+        ("predictions", "score", "high"),
+        ("predictions", "hit_rate", [0.5]),
+        ("throughput", "tokens_per_s", "high"),
+        ("throughput", "step_ms_p50", {"p50": 1}),
+    ],
+)
+def test_a_field_that_is_no_number_is_refused(tmp_path, log, name, value):
+    with open_run(tmp_path) as run:
+        run.append(log, [{"id": "s1", name: 0.5}])
+        run.append(log, [{"id": "s2", name: None}])
+        run.append(log, [{"id": "s3", name: value}])
+        for read in (lambda: read_run(tmp_path), lambda: list(run.read(log))):
+            with pytest.raises(ShadowKVError) as caught:
+                read()
+            message = str(caught.value)
+            where = f"{tmp_path / log}.jsonl:3: the field '{name}' must be a number or null"
+            assert message.startswith(where), message
+            assert json.dumps(value) in message
+            assert "\n" not in message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from shadowkv_cli.cli import run
 from shadowkv_cli.config import FullSpec, ShadowKVSpec
 from shadowkv_cli.errors import ShadowKVError, UsageError
 from shadowkv_cli.evaluate import Work, find_missing
-from shadowkv_cli.frontier import FrontierPoint, order_is_established
+from shadowkv_cli.frontier import Doubt, FrontierPoint, doubt_between
 from shadowkv_cli.methods.shadowkv import ShadowKVGroup
 from shadowkv_cli.model.failures import MethodFailure
 from shadowkv_cli.model.loading import LoadedModel, describe
@@ -246,6 +247,9 @@ def test_measurements_of_another_kind_are_not_joined(change: dict[str, Any]) -> 
         check_comparable([row], settings_of(**change), loaded)
     with pytest.raises(UsageError, match="hardware"):
         check_comparable([row | {"hardware": "another GPU"}], settings, loaded)
+    other = re.sub(r"\d+ threads", "77 threads", row["hardware"])
+    with pytest.raises(UsageError, match="run it with OMP_NUM_THREADS=77, choose another"):
+        check_comparable([row | {"hardware": other}], settings, loaded)
 
 
 def point_of(score: float, speed: float, confidence: float = 0.97, **more: Any) -> FrontierPoint:
@@ -271,7 +275,7 @@ def point_of(score: float, speed: float, confidence: float = 0.97, **more: Any) 
 def test_few_rounds_establish_no_order(rounds: int, established: bool) -> None:
     confidence = median_interval(range(rounds)).confidence
     a, b = point_of(90, 10, confidence), point_of(80, 20)
-    assert order_is_established(a, b) == established, confidence
+    assert doubt_between(a, b) == (None if established else Doubt.FEW_ROUNDS), confidence
 
 
 @pytest.mark.parametrize("score_length", [4096, 32_768, None])

@@ -139,6 +139,7 @@ def test_a_failed_row_is_incomplete_too(tmp_path, data, invoke):
         ([{"id": "niah-4096-0", "prediction": ""}] * 2, r"p\.jsonl:2: a second prediction for"),
         ([{"id": "niah-4096-0"}], r"p\.jsonl:1: .*needs the field 'prediction'"),
         ([{"prediction": ""}], r"p\.jsonl:1: .*needs the field 'id'"),
+        ([{"text": ""}], r"p\.jsonl' is not a file of predictions"),
         ([{"id": "niah-4096-0", "prediction": 3}], "must be a text or null"),
         ([], "holds no predictions"),
     ],
@@ -154,8 +155,11 @@ def test_bad_files_are_refused(tmp_path, data, good):
         rescore(tmp_path / "nowhere.jsonl", data)
     with pytest.raises(UsageError, match="No data folder"):
         rescore(good, tmp_path / "nowhere")
+    good.write_text(good.read_text() + "{oops}\n")
+    with pytest.raises(ShadowKVError, match=r"p\.jsonl:4: broken row"):
+        rescore(good, data)
     good.write_text("{oops}\n")
-    with pytest.raises(ShadowKVError, match=r"p\.jsonl:1: broken row"):
+    with pytest.raises(UsageError, match=r"p\.jsonl' is not a file of predictions"):
         rescore(good, data)
 
 

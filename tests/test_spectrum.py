@@ -115,3 +115,25 @@ def test_ranks_that_cannot_be_are_refused(
     for rank, expected in (("33", "1 to 32"), ("0", "1 to 32"), ("x", "whole numbers")):
         assert run(["spectrum", *model, "--rank", rank]) == 2
         assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_an_output_that_is_a_file_is_refused_before_the_first_prefill(
+    place: str, ruler_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    command = ["spectrum", "--model", "nowhere", "--data", str(ruler_folder)]
+    assert run([*command, "--output", str(tmp_path / place)]) == 2
+    assert f"'{tmp_path / 'file'}' is a file: choose another --output." in capsys.readouterr().err
+
+
+def test_the_table_is_shown_even_if_it_cannot_be_written(
+    tiny_model_folder: Path, ruler_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "spectrum.json").mkdir()
+    model = ["--model", str(tiny_model_folder), "--data", str(ruler_folder)]
+    only = ["--tasks", "vt", "--num-samples", "1", "--rank", "8"]
+    assert run(["spectrum", *model, *only, "--output", str(tmp_path)]) == 1
+    shown = capsys.readouterr()
+    assert "Energy of the pre-RoPE keys" in shown.out
+    assert f"Cannot write {tmp_path / 'spectrum.json'}" in shown.err

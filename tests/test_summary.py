@@ -7,21 +7,30 @@ import csv
 import pytest
 
 from shadowkv_cli.frontier import (
+    Doubt,
     frontier_is_resolved,
     join_sweep,
     panels,
     pareto_front,
+    point_doubts,
     unresolved_pairs,
 )
 from shadowkv_cli.stats import Interval, macro_average, mean_interval, paired_difference
 from shadowkv_cli.summary import (
     AVERAGE,
+    COUNTING_METRICS,
     csv_text,
     score_records,
     throughput_records,
     write_summary_csv,
 )
-from shadowkv_cli.tables import frontier_table, score_table, settings_table, tables
+from shadowkv_cli.tables import (
+    frontier_table,
+    score_table,
+    settings_table,
+    tables,
+    throughput_table,
+)
 
 SETTINGS = {"sparse_budget": "64", "rank": 32}
 
@@ -288,6 +297,39 @@ def test_overlapping_intervals_establish_nothing(values):
     assert any(note.startswith("overlaps:") for note in table.notes)
 
 
+def test_too_few_rounds_are_no_overlap():
+    high, low = [1] * 90 + [0] * 10, [1] * 50 + [0] * 50
+    few = sweep_points([(high, [10, 10.1, 10.2]), (low, [20, 20.1, 20.2])])
+    assert {doubt for *_, doubt in unresolved_pairs(few)} == {Doubt.FEW_ROUNDS}
+    table = frontier_table(few)
+    assert [row[4] for row in table.rows] == ["few rounds", "few rounds"]
+    assert any("fewer than 5 rounds" in note for note in table.notes)
+    assert not any("overlap" in note for note in table.notes)
+    enough = [(high, around(10)), (low, around(20))]
+    assert frontier_is_resolved(sweep_points(enough)), "5 rounds suffice"
+    three = sweep_points([*enough, ([1] * 45 + [0] * 55, [30, 30.1])])
+    assert list(point_doubts(three).values()) == [Doubt.OVERLAP] * 2
+
+
+def test_overlaps_are_told_before_few_rounds():
+    values = [([1] * 90 + [0] * 10, [10]), ([1] * 50 + [0] * 50, [20]), ([1] * 45 + [0] * 55, [30])]
+    doubts = point_doubts(points := sweep_points(values))
+    assert [doubts[id(p)] for p in points] == ["few rounds", "overlaps", "overlaps"]
+
+
+def test_no_other_length_stands_in_for_a_failed_average(rows):
+    for row in rows:
+        if row["method"] == "shadowkv" and row["task"] == "a":
+            row |= {"error": "out of memory", "score": None, "prediction": None}
+    longer = [
+        r | {"context_length": 32768, "id": "x" + r["id"], "error": None, "score": 1.0}
+        for r in rows
+    ]
+    speeds = [speed("shadowkv", 0, 10, context_length=length) for length in (4096, 32768)]
+    points = join_sweep(score_records(rows + longer), throughput_records(speeds))
+    assert [p.score_length for p in points] == [32768]
+
+
 def test_hit_rates_that_differ_are_flagged():
     points = sweep_points([([1, 0], around(10))])
     assert points[0].hit_rates_differ, "0.5 in accuracy, 0.6 in throughput"
@@ -303,3 +345,58 @@ def test_join_takes_the_score_at_the_length_of_the_throughput(rows):
     overall = join_sweep(scores, other)
     assert overall[0].score_length is None
     assert join_sweep(scores, throughput_records([speed("oracle", 0, 10)])) == []
+
+
+def test_there_is_no_average_over_fewer_tasks_than_the_cells_beside_it_have(rows):
+    for row in rows:
+        if row["method"] == "shadowkv" and row["task"] == "a":
+            row |= {"error": "out of memory", "score": None, "prediction": None}
+    records = score_records(rows)
+    average = pick(records, "shadowkv", AVERAGE)
+    assert (average.score, average.difference, average.differing) == (None, None, None)
+    assert average.failed == 3
+    assert pick(records, "full", AVERAGE).score is not None
+    table = score_table(records)
+    assert table.rows[-1][table.columns.index("shadowkv")] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("metric", "parts"), [("string_match_all", 4), ("string_match_part", 1), (None, 1)]
+)
+def test_alternatives_make_no_interval_narrower(metric: str | None, parts: int) -> None:
+    scores = [0.5, 0.52, 0.48]
+    more = {"metric": metric, "num_references": 4}
+    cells = [prediction(f"a-{i}", "full", score, **more) for i, score in enumerate(scores)]
+    [record, _] = score_records(cells)
+    assert record.score == mean_interval(scores, num_references=parts).scaled(100)
+
+
+def test_metrics_that_count_references_are_known() -> None:
+    from shadowkv_cli.tasks.longbench import metrics as longbench
+    from shadowkv_cli.tasks.metrics import METRICS
+    from shadowkv_cli.tasks.rows import Sample
+    from shadowkv_cli.tasks.ruler import shadowkv_metrics as dialect
+
+    assert longbench, "they name theirs when they are imported"
+    assert dialect
+    words = ["10", "20", "30", "40"]
+    texts = {"id": "a-0", "task": "a", "prompt": "?", "answer_prefix": "", "metric": ""}
+    sizes = {"length": 89, "prompt_tokens": 80, "max_new_tokens": 9, "context_length": 100}
+    sample = Sample(**texts, **sizes, index=0, references=words, question_start=0)
+    counting = set()
+    for name, score in METRICS.items():
+        if not name.startswith("longbench"):
+            none, one, two, all_ = (score(" ".join(words[:n]), sample) for n in (0, 1, 2, 4))
+            if none < one < two < all_:
+                counting.add(name)
+    assert counting == COUNTING_METRICS
+
+
+def test_full_attention_in_a_methods_place_is_no_measurement_of_it() -> None:
+    rows = [speed("full", 0, 10.0), speed("shadowkv", 0, 9.0, dense_fallback=True)]
+    full, method = throughput_records(rows)
+    assert (full.tested, method.tested) == (True, False)
+    assert (method.ratio, method.hit_rate) == (None, None)
+    table = throughput_table([full, method])
+    assert table.rows[1][table.columns.index("x full")] == "not tested"
+    assert any(note.startswith("Not tested (shadowkv)") for note in table.notes)

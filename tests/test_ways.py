@@ -146,7 +146,6 @@ def h100(monkeypatch) -> Room:
     """A machine with 64 GB beside the weights and 130 GB of host memory, which nobody asks."""
     monkeypatch.setattr(cases, "free_device_bytes", lambda device, reserve, *_: 64_900_000_000)
     monkeypatch.setattr(memory, "available_host_bytes", lambda: 130_000_000_000)
-    monkeypatch.setattr(cases, "available_host_bytes", lambda: 130_000_000_000)
     return Room(LLAMA, torch.device("cuda"))
 
 
@@ -163,7 +162,7 @@ def test_what_the_host_cannot_hold_is_refused_before_anything_is_held(h100: Room
 
     settings = settings_of(batch_rules=("17",), state="synthetic")
     with pytest.raises(
-        UsageError, match=r"needs 136\.\d GB of host memory for batch 17, 130\.0 GB"
+        UsageError, match=r"needs 136\.\d GB of host memory for batch 17, 124\.0 GB"
     ):
         make_cases(SPECS[1:], settings, h100)
     with pytest.raises(UsageError, match="full at 122880 tokens needs"):
@@ -289,3 +288,12 @@ def test_memory_is_given_back_before_a_session_is_built(
     befores = [before for before, now in itertools.pairwise(order) if now != "released"]
     assert order[0] == "released"
     assert set(befores) == {"released"}
+
+
+def test_fewer_parts_than_were_asked_for_are_told(capsys) -> None:
+    assert cells(8, lanes=(2,)) == ["", "2 lanes", "2 lanes"]
+    assert not capsys.readouterr().err
+    cells(2, lanes=(4,))
+    assert capsys.readouterr().err.count("fewer lanes or micro-batches than were asked for") == 2
+    cells(2, micro_batches=(3,))
+    assert capsys.readouterr().err.count("fewer lanes or micro-batches than were asked for") == 2

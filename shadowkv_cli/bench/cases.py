@@ -15,14 +15,13 @@ from shadowkv_cli.bench import plan
 from shadowkv_cli.bench.memory import (
     DECODE_RESERVE,
     RESERVE,
-    available_host_bytes,
     decode_bytes,
     free_device_bytes,
     free_host_bytes,
 )
 from shadowkv_cli.bench.probes import Probe
 from shadowkv_cli.config import FullSpec, MethodSpec, ModelShape, ShadowKVSpec
-from shadowkv_cli.console import format_bytes
+from shadowkv_cli.console import format_bytes, notice
 from shadowkv_cli.errors import UsageError
 from shadowkv_cli.run_config import EAGER, BenchSettings
 
@@ -142,10 +141,13 @@ def _ways(case: Case, settings: BenchSettings, *, is_first: bool) -> list[Case]:
     if settings.one_at_a_time:
         asked = [way for way in asked if sum(map(operator.ne, way, asked[0])) <= 1]
         asked = asked if is_first else asked[:1]
-    ways = dict.fromkeys(
-        (*_parts(spec, case.batch_size, micro_batches, lanes), graph)
-        for micro_batches, lanes, graph in asked
-    )
+    found = {way: (*_parts(spec, case.batch_size, way[0], way[1]), way[2]) for way in asked}
+    if any(way[0] != parts[0] or way[1] not in (None, parts[1]) for way, parts in found.items()):
+        notice(
+            f"{case.cell}: parts of a batch of {case.batch_size} have a sequence each at least, so "
+            "there are fewer lanes or micro-batches than were asked for."
+        )
+    ways = dict.fromkeys(found.values())
     rates = settings.hit_rates if isinstance(spec, ShadowKVSpec) else (None,)
     return [
         replace(
@@ -284,7 +286,7 @@ class Room:
         batch = max(case.batch_size, 1)
         places = [(" beside the model", held.device, self.free_bytes(case.prompt_tokens, settings))]
         if held.host:
-            places.append((" of host memory", held.host, available_host_bytes()))
+            places.append((" of host memory", held.host, free_host_bytes()))
         for what, needed, free in places:
             if case.batch_size < 1 or needed * batch > free:
                 raise UsageError(

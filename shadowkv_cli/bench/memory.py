@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from shadowkv_cli.config import ModelShape
+from shadowkv_cli.host_memory import available_host_bytes, proc_field
 from shadowkv_cli.model.loading import LoadedModel
 
 RESERVE = 0.1
@@ -21,46 +22,6 @@ captures and profiles does not grow with the memory there is."""
 
 DECODE_RESERVE = 0.025
 """The same on a GPU that only decodes, if that is more than `decode_bytes`."""
-
-CGROUP = Path("/sys/fs/cgroup")
-
-
-def _proc_field(file: str, name: str) -> int:
-    """A field of a /proc file in bytes; 0 where the system has none."""
-    path = Path(file)
-    if not path.exists():
-        return 0
-    for line in path.read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def _cgroup_number(file: str) -> int | None:
-    """A number of this process's control group (version 2); None for no limit or no such file."""
-    path = CGROUP / file
-    text = path.read_text().strip() if path.is_file() else "max"
-    return int(text) if text.isdigit() else None
-
-
-def _cgroup_used() -> int | None:
-    """Bytes that this process's control group holds and cannot drop: its file cache left out."""
-    used = _cgroup_number("memory.current")
-    stat = CGROUP / "memory.stat"
-    if used is None or not stat.is_file():
-        return used
-    lines = (line.split() for line in stat.read_text().splitlines())
-    fields = {line[0]: int(line[1]) for line in lines if len(line) == 2}
-    return max(used - fields.get("inactive_file", 0), 0)
-
-
-def available_host_bytes() -> int:
-    """Memory of the host that can be taken without swapping, or leaving the container's limit."""
-    free = _proc_field("/proc/meminfo", "MemAvailable")
-    limit, used = _cgroup_number("memory.max"), _cgroup_used()
-    if limit is not None and used is not None:
-        free = min(free, limit - used)
-    return free
 
 
 def free_host_bytes() -> int:
@@ -164,4 +125,4 @@ class PeakMemory:
         """Bytes; 0 where the system does not tell."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return _proc_field("/proc/self/status", "VmHWM")
+        return proc_field("/proc/self/status", "VmHWM")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -166,7 +167,7 @@ def describe_case(case: Case, settings: BenchSettings, loaded: LoadedModel) -> R
     """What is known of a measurement before it is made."""
     spec, batch = case.spec, case.batch_size
     held = spec.cache_bytes(loaded.shape, case.prompt_tokens, settings.new_tokens)
-    wanted = spec.wanted(case.prompt_tokens) if isinstance(spec, SparseSpec) else None
+    kept = spec.keeps(case.prompt_tokens) if isinstance(spec, SparseSpec) else None
     return {
         "cell": case.cell,
         "spec": case.asked_spec.cell,
@@ -174,8 +175,9 @@ def describe_case(case: Case, settings: BenchSettings, loaded: LoadedModel) -> R
         "method": case.method,
         "settings": case.asked_spec.settings(),
         "resident_layers": case.resident_layers,
-        "sparse_budget_tokens": wanted.selected_tokens if wanted else None,
-        "outlier_tokens": wanted.outlier_tokens if wanted else None,
+        "sparse_budget_tokens": kept.selected_tokens if kept else None,
+        "outlier_tokens": kept.outlier_tokens if kept else None,
+        "dense_fallback": isinstance(spec, SparseSpec) and spec.is_dense(case.prompt_tokens),
         "context_length": case.context_length,
         "prompt_tokens": case.prompt_tokens,
         "batch_size": batch,
@@ -281,6 +283,14 @@ def _failure(error: BaseException) -> Row:
     return {"tokens_per_s": None, "error": " ".join(str(error).split()) or type(error).__name__}
 
 
+def _same_threads(there: str, now: str) -> str:
+    """The way out where a processor differs by its threads alone (`device_name`), else nothing."""
+    before, after = (re.fullmatch(r"(.+), (\d+) threads", name) for name in (there, now))
+    if before is None or after is None or before[1] != after[1] or before[2] == after[2]:
+        return ""
+    return f"run it with OMP_NUM_THREADS={before[2]}, "
+
+
 def check_comparable(rows: Sequence[Row], settings: BenchSettings, loaded: LoadedModel) -> None:
     """Refuse to add to measurements that were made in another way, or on another device.
 
@@ -296,9 +306,11 @@ def check_comparable(rows: Sequence[Row], settings: BenchSettings, loaded: Loade
     for row in rows:
         differs = [f"{k} {row.get(k)} there, {v} now" for k, v in now.items() if row.get(k) != v]
         if differs:
+            same = _same_threads(str(row.get("hardware")), str(now["hardware"]))
             raise UsageError(
-                f"The run holds throughput measured differently ({'; '.join(differs)}): choose "
-                "another --output, or --fresh to start over."
+                f"The run holds throughput measured differently ({'; '.join(differs)}): "
+                f"{same if len(differs) == 1 else ''}choose another --output, or --fresh to start "
+                "over."
             )
 
 

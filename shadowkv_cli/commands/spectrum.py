@@ -39,8 +39,11 @@ def spectrum(
 
     Example: shadowkv spectrum --model demo --data datasets/demo --num-samples 2
     """
+    from shadowkv_cli.results import check_writable
     from shadowkv_cli.spectrum import measure_spectrum
 
+    if output is not None:
+        check_writable(output)
     lengths = given_lengths(data.context_length, "--context-length")
     choice = EvalConfig(
         model=model.choice(),
@@ -55,12 +58,12 @@ def spectrum(
     )
     ranks = [_whole(text) for text in given_names(rank, "--rank")] if rank is not None else []
     found = measure_spectrum(choice, ranks)
-    if output is not None:
-        notice(f"Written to {found.write(output)}")
     if json:
         print_json(found.content())
     else:
         found.table().show()
+    if output is not None:
+        notice(f"Written to {found.write(output)}")
 
 
 def _whole(text: str) -> int:

@@ -14,6 +14,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from shadowkv_cli.console import format_bytes
 from shadowkv_cli.errors import OutOfHostMemory
 
 PAGE_BYTES = 4096
@@ -77,9 +78,10 @@ class HostMemory:
         block[::PAGE_BYTES] = 0
         status = int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), count, 0))
         if status:
+            held = sum(own.numel() for own in self._blocks)
             raise OutOfHostMemory(
-                f"Cannot pin {count / 1e9:.1f} GB of host memory after {len(self._blocks)} pieces "
-                f"of that size (CUDA error {status}): use a smaller batch, or raise the limit of "
+                f"Cannot pin {format_bytes(count)} of host memory beside {format_bytes(held)} that "
+                f"are pinned (CUDA error {status}): use a smaller batch, or raise the limit of "
                 "locked memory (ulimit -l)."
             )
         return block

@@ -34,6 +34,7 @@ class ModelFacts:
         max_positions: the longest context that it has positions for.
         weight_bytes: bytes of all parameters.
         hidden_size: width of the residual stream.
+        is_quantised: the checkpoint keeps weights in fewer bits, so `weight_bytes` is too many.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ModelFacts:
     max_positions: int
     weight_bytes: int
     hidden_size: int
+    is_quantised: bool = False
 
 
 def model_facts(choice: ModelChoice, dtype: torch.dtype) -> ModelFacts:
@@ -98,4 +100,5 @@ def _facts(model: PreTrainedModel, name: str, dtype: torch.dtype) -> ModelFacts:
         max_positions=config.max_position_embeddings,
         weight_bytes=sum(p.nbytes for p in model.parameters()),
         hidden_size=config.hidden_size,
+        is_quantised=getattr(model.config, "quantization_config", None) is not None,
     )

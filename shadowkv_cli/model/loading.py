@@ -20,6 +20,7 @@ from shadowkv_cli.errors import ShadowKVError, UsageError
 from shadowkv_cli.model.exact_attention import check_installed
 from shadowkv_cli.model.fused import Fused, join_projections
 from shadowkv_cli.model.loading_errors import explained
+from shadowkv_cli.model.room import check_weights_fit
 from shadowkv_cli.model.rotary import attention_modules, head_dim, is_interleaved
 from shadowkv_cli.model.suitability import probe_keys
 from shadowkv_cli.ops import compiled
@@ -201,7 +202,8 @@ def load_model(choice: ModelChoice) -> LoadedModel:
     """Load a model that needs no hub, a folder or a hub model.
 
     Raises:
-        UsageError: an unknown device or model, or an architecture that methods can't serve.
+        UsageError: an unknown device or model, an architecture that methods can't serve, or weights
+            that do not fit.
         ShadowKVError: gated, unreachable or broken.
     """
     name = choice.name
@@ -210,6 +212,7 @@ def load_model(choice: ModelChoice) -> LoadedModel:
     check_installed(choice.backend, where)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    check_weights_fit(choice, precision, where)
     model: Any
     shape = shape_named(name)
     if shape is not None:

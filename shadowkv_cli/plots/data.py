@@ -147,8 +147,11 @@ def different_settings(cells: Sequence[str]) -> tuple[list[str], str]:
 
 
 def representative_cells(records: Sequence[ScoreRecord], limit: int) -> list[str]:
-    """All cells if they are few; else `limit` of them, evenly from best average to worst."""
-    averages = {r.cell: r.score.estimate for r in records if r.task == AVERAGE and r.score}
+    """All cells if they are few; else `limit` of them, evenly from best average to worst.
+
+    Cells without an average, since a task failed altogether, count as the worst.
+    """
+    averages = {r.cell: r.score.estimate if r.score else -1 for r in records if r.task == AVERAGE}
     ranked = sorted(averages, key=lambda cell: -averages[cell])
     if len(ranked) <= limit:
         return list(averages)
@@ -161,10 +164,15 @@ def setting(record: ScoreRecord | ThroughputRecord | FrontierPoint, name: str) -
     return int(value) if isinstance(value, str) and value.isdigit() else value
 
 
-def sort_key(value: Any) -> tuple[float, str]:
-    """Order of settings: numbers by size, shares like `1.5625%` by theirs, words by name."""
+def is_share(value: Any) -> bool:
+    """Whether a setting is a share of the prompt, like `1.5625%`."""
+    return str(value).endswith("%")
+
+
+def sort_key(value: Any) -> tuple[bool, float, str]:
+    """Order of settings: numbers by size, words by name, then shares by size."""
     text = str(value)
     try:
-        return float(text.rstrip("%")), text
+        return is_share(value), float(text.rstrip("%")), text
     except ValueError:
-        return float("inf"), text
+        return is_share(value), float("inf"), text

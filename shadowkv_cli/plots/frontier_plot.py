@@ -6,10 +6,13 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from shadowkv_cli.frontier import (
+    Doubt,
     FrontierPoint,
-    order_is_established,
+    doubt_between,
     panels,
     pareto_front,
+    point_doubts,
+    reason,
     unresolved_pairs,
 )
 from shadowkv_cli.plots import style
@@ -36,7 +39,7 @@ def points(data: PlotData) -> list[Row]:
     for joined in data.joined:
         for panel in panels(joined.points).values():
             front = [] if joined.random_weights else pareto_front(panel)
-            unsure = {id(p) for pair in unresolved_pairs(panel) for p in pair}
+            doubts = point_doubts(panel)
             for p in panel:
                 rows.append(
                     {
@@ -58,7 +61,7 @@ def points(data: PlotData) -> list[Row]:
                         "batch_size": p.batch_size,
                         "tested": p.tested,
                         "on_frontier": p in front,
-                        "order_not_established": p in front and id(p) in unsure,
+                        "order_not_established": p in front and id(p) in doubts,
                         "hit_rates_differ": p.hit_rates_differ,
                     }
                 )
@@ -150,10 +153,14 @@ class Looks:
         return f"{method}, {chunk}" if len(self.methods) > 1 else chunk
 
 
+def _doubts(panel: list[FrontierPoint]) -> set[Doubt]:
+    return {doubt for *_, doubt in unresolved_pairs(panel)}
+
+
 def has_frontier(panel: list[FrontierPoint], random_weights: bool) -> bool:
     """Whether a frontier may be drawn: at least one of its steps is established."""
     steps = list(itertools.pairwise(pareto_front(panel)))
-    established = any(order_is_established(a, b) for a, b in steps) if steps else True
+    established = any(doubt_between(a, b) is None for a, b in steps) if steps else True
     return not random_weights and established and (bool(steps) or not unresolved_pairs(panel))
 
 
@@ -162,7 +169,7 @@ def _draw_front(axes: Axes, panel: list[FrontierPoint]) -> None:
     for a, b in itertools.pairwise(pareto_front(panel)):
         x = [a.tokens_per_s.estimate, a.tokens_per_s.estimate, b.tokens_per_s.estimate]
         y = [a.score.estimate, b.score.estimate, b.score.estimate]
-        line = "-" if order_is_established(a, b) else ":"
+        line = ":" if doubt_between(a, b) else "-"
         axes.plot(x, y, line, color=style.VERMILLION, linewidth=1.5, zorder=2)
 
 
@@ -202,14 +209,24 @@ def _draw_panel(
         _draw_front(axes, panel)
     else:
         message = (
-            "No frontier: the intervals of its neighbours\n"
-            "overlap, so their order is not established."
+            f"No frontier: {reason(_doubts(panel))}\ndo not establish the order of its neighbours."
         )
     style.message_above(axes, title, message)
     cells = [p for p in shown if p.method != FULL]
     if len(cells) <= LABEL_EVERY_POINT_UP_TO:
         return cells
     return [p for p in pareto_front(panel) if p in cells] if not message else []
+
+
+def _rounds_text(shown: list[FrontierPoint]) -> str:
+    """What the bars of the speed are; under 6 rounds what they cover, too."""
+    text = "interval of the median over the rounds"
+    covered = {p.tokens_per_s.confidence for p in shown if p.tokens_per_s.confidence < 0.95}
+    if covered:
+        least, most = (f"{100 * bound:.0f}" for bound in (min(covered), max(covered)))
+        span = least if least == most else f"{least} to {most}"
+        text += f", of fewer than 6 their whole range, which covers {span}\u00a0%"
+    return text
 
 
 def draw(data: PlotData) -> Figure:
@@ -220,7 +237,8 @@ def draw(data: PlotData) -> Figure:
     rows = -(-len(groups) // columns)
     figure, axes = style.new_figure(rows, columns, 4.0 * columns + 1.8, 3.6 * rows + 0.5)
     grid = [a for row in axes for a in row]
-    cells = [p for _, _, panel in groups for p in panel if p.tested and p.method != FULL]
+    shown = [p for _, _, panel in groups for p in panel if p.tested]
+    cells = [p for p in shown if p.method != FULL]
     looks = Looks(cells)
     drawn = []
     for axis, (joined, (length, rule), panel) in zip(grid, groups, strict=False):
@@ -234,13 +252,16 @@ def draw(data: PlotData) -> Figure:
     handles = [Line2D([], [], linestyle="none", marker="*", markersize=10, color=style.BLACK)]
     handles[0].set_label("full attention")
     handles += looks.handles(cells)
-    if any(has_frontier(panel, joined.random_weights) for joined, _, panel in groups):
+    fronts = [panel for joined, _, panel in groups if has_frontier(panel, joined.random_weights)]
+    if fronts:
         handles.append(Line2D([], [], color=style.VERMILLION, label="Pareto frontier"))
         label = "order not established"
         handles.append(Line2D([], [], color=style.VERMILLION, linestyle=":", label=label))
     style.legend_outside(figure, handles)
     untested = len({p.cell for _, _, panel in groups for p in panel if not p.tested})
-    caption = "Bars: 95 % interval of the score; interval of the median over the rounds."
+    caption = f"Bars: 95 % interval of the score; {_rounds_text(shown)}."
+    if doubts := {doubt for panel in fronts for doubt in _doubts(panel)}:
+        caption += f" Dotted: {reason(doubts)} do not establish the order."
     letters = {"sparse_budget": "b budget", "rank": "r rank", "chunk_size": "c chunk size"}
     named = [letters.get(name, "L landmarks per chunk") for name in looks.varying]
     if named and any(labelled for _, _, labelled in drawn):

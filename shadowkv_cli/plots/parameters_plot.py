@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from shadowkv_cli.plots import style
-from shadowkv_cli.plots.data import SHORT_NAMES, PlotData, Series, setting, sort_key
+from shadowkv_cli.plots.data import SHORT_NAMES, PlotData, Series, is_share, setting, sort_key
 from shadowkv_cli.rowlog import Row
 from shadowkv_cli.summary import AVERAGE, FULL, ScoreRecord
 
@@ -26,11 +27,8 @@ PARAMETERS = {
 
 def _averages(series: Series) -> list[ScoreRecord]:
     """One record per tested cell: its average over everything that was measured."""
-    last: dict[str, ScoreRecord] = {}
-    for record in series.scores:
-        if record.task == AVERAGE and record.score:
-            last[record.cell] = record
-    return [r for r in last.values() if r.tested]
+    last = {record.cell: record for record in series.scores if record.task == AVERAGE}
+    return [r for r in last.values() if r.score and r.tested]
 
 
 def _varying(records: list[ScoreRecord]) -> list[str]:
@@ -120,9 +118,24 @@ def points(data: PlotData) -> list[Row]:
     return rows
 
 
+def _values(records: list[ScoreRecord], name: str) -> list[Any]:
+    return sorted({setting(r, name) for r in records} - {None}, key=sort_key)
+
+
+def _is_mixed(values: Iterable[Any]) -> bool:
+    """Whether some values are tokens and others shares of the prompt, which have no order."""
+    return len({is_share(value) for value in values}) > 1
+
+
+def _axis_label(name: str, values: list[Any]) -> str:
+    if _is_mixed(values):
+        return "Sparse budget (tokens, or % of the prompt)"
+    return "Sparse budget (share of the prompt)" if is_share(values[0]) else PARAMETERS[name]
+
+
 def _draw_panel(axes: Axes, series: Series, name: str) -> None:
     records = _averages(series)
-    values = sorted({setting(r, name) for r in records} - {None}, key=sort_key)
+    values = _values(records, name)
     # The axis is one of steps: settings are powers of two or shares, and often both ends matter.
     place: dict[Any, int] = {value: i for i, value in enumerate(values)}
     full = next((r for r in records if r.method == FULL), None)
@@ -152,15 +165,14 @@ def _draw_panel(axes: Axes, series: Series, name: str) -> None:
             yerr=[[s.estimate - s.low for s in scores], [s.high - s.estimate for s in scores]],
             color=style.OKABE_ITO[i % len(style.OKABE_ITO)],
             marker=style.MARKERS[i % len(style.MARKERS)],
-            linestyle=style.LINES[i % len(style.LINES)],
+            linestyle="none" if _is_mixed(values) else style.LINES[i % len(style.LINES)],
             elinewidth=0.8,
             capsize=2,
             zorder=3,
         )
     axes.set_xticks(range(len(values)), [str(v) for v in values])
     axes.set_xlim(-0.4, len(values) - 0.6)
-    shares = any(str(v).endswith("%") for v in values)
-    axes.set_xlabel("Sparse budget (share of the prompt)" if shares else PARAMETERS[name])
+    axes.set_xlabel(_axis_label(name, values))
 
 
 def draw(data: PlotData) -> Figure:
@@ -201,8 +213,10 @@ def draw(data: PlotData) -> Figure:
     handles.append(Line2D([], [], label="all cells", **grey))
     style.legend_outside(figure, handles)
     caption = (
-        f"Lines: one setting varies, the others stay at {'; '.join(dict.fromkeys(held))}. "
+        f"Coloured: one setting varies, the others stay at {'; '.join(dict.fromkeys(held))}. "
         "Bars and band: 95 % interval."
     )
+    if any(_is_mixed(_values(_averages(s), name)) for s, names in found for name in names):
+        caption += " Not joined: budgets in tokens and in % of the prompt, which have no order."
     style.finish(figure, "Accuracy against each setting", data.warnings, caption)
     return figure

@@ -152,8 +152,9 @@ def message_above(axes: Axes, title: str, message: str) -> None:
 
 
 def legend_outside(figure: Figure, handles: Sequence[Any], title: str = "") -> None:
-    """A legend to the right of all axes."""
-    figure.legend(handles=list(handles), loc="outside right upper", title=title or None)
+    """A legend to the right of all axes; the handles of a tuple are drawn on each other, as one."""
+    labels = [(h[0] if isinstance(h, tuple) else h).get_label() for h in handles]
+    figure.legend(list(handles), labels, loc="outside right upper", title=title or None)
 
 
 def wrap_label(text: str, width: int = 26) -> str:

@@ -15,7 +15,8 @@ from shadowkv_cli.tasks.rows import MANIFEST_NAME, Dataset, manifest_identity
 def continue_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """Take over what the folder holds already.
 
-    Raises UsageError that says what differs when it holds data made with other settings.
+    Raises UsageError when it holds another suite's data, and one that says what differs when it
+    holds data made with other settings.
     """
     if not (folder / MANIFEST_NAME).exists():
         rows = sorted(folder.glob("*/*.jsonl")) if folder.is_dir() else []
@@ -23,6 +24,11 @@ def continue_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
             raise UsageError(f"{folder} holds rows but no {MANIFEST_NAME}: use another --output.")
         return manifest
     old = Dataset.open(folder).manifest
+    if old.get("suite") != manifest["suite"]:
+        raise UsageError(
+            f"{folder} holds a dataset of another suite ({old.get('suite')}, not "
+            f"{manifest['suite']}): choose another --output."
+        )
     differences = _differences(manifest_identity(old), manifest_identity(manifest))
     shared = old.get("sources", {}).keys() & manifest["sources"].keys()
     differences += _differences(
