@@ -125,6 +125,7 @@ def test_weights_in_fewer_bits_or_with_code_of_their_own_are_not_judged(
     monkeypatch.setattr(room, "available_host_bytes", lambda: 1000)
     choice = ModelChoice(str(tiny_model_folder), "float32", "cpu")
     cpu = torch.device("cpu")
+    room.check_room("demo", "float32", 900, cpu)
     with pytest.raises(UsageError, match=r"take .* MB in float32, 1.0 kB of the host's memory"):
         room.check_weights_fit(choice, torch.float32, cpu)
     room.check_weights_fit(replace(choice, trust_remote_code=True), torch.float32, cpu)
@@ -133,3 +134,24 @@ def test_weights_in_fewer_bits_or_with_code_of_their_own_are_not_judged(
     facts = room.model_facts(choice, torch.float32)
     monkeypatch.setattr(room, "model_facts", lambda *_: replace(facts, is_quantised=True))
     room.check_weights_fit(choice, torch.float32, cpu)
+
+
+def test_a_system_that_tells_no_memory_refuses_no_weights(monkeypatch) -> None:
+    from shadowkv_cli.model import room
+
+    monkeypatch.setattr(room, "available_host_bytes", lambda: 0)
+    room.check_room("demo", "float32", 10**15, torch.device("cpu"))
+
+
+def test_random_weights_of_a_gpu_take_no_host_memory(monkeypatch) -> None:
+    from shadowkv_cli.errors import UsageError
+    from shadowkv_cli.model import room
+
+    monkeypatch.setattr(room, "available_host_bytes", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * GB, 80 * GB))
+    gpu = torch.device("cuda:0")
+    room.check_room("shape:llama-3.1-8b", "bfloat16", 16 * GB, gpu)
+    with pytest.raises(UsageError, match=r"16.0 GB in bfloat16, 1.0 kB of the host's memory"):
+        room.check_room("some/model", "bfloat16", 16 * GB, gpu)
+    with pytest.raises(UsageError, match=r"32.0 GB in float32, 20.0 GB on cuda:0 are free"):
+        room.check_room("shape:llama-3.1-8b", "float32", 32 * GB, gpu)

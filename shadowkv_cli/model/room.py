@@ -35,7 +35,7 @@ def check_room(name: str, dtype: str, weight_bytes: int, device: torch.device) -
     if device.type == "cpu" or shape_named(name) is None:
         free[" of the host's memory"] = available_host_bytes()
     for where, there in free.items():
-        if weight_bytes > there:
+        if 0 < there < weight_bytes:  # 0: the system does not tell
             smaller = " use --dtype bfloat16, or" if dtype == "float32" else " use"
             raise UsageError(
                 f"The weights of {name} take {format_bytes(weight_bytes)} in {dtype}, "
