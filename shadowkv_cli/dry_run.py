@@ -290,12 +290,12 @@ def describe_batches(config: BenchConfig) -> Plan:
     from shadowkv_cli.bench import plan as planner
     from shadowkv_cli.bench.cases import Room, make_cases
     from shadowkv_cli.model.loading import resolve_device
-    from shadowkv_cli.model.room import check_room
+    from shadowkv_cli.model.weights_fit import check_weights_fit
 
     settings, device = config.settings, resolve_device(config.model.device)
     facts, probe = _model(config.model, config.specs, max(settings.context_lengths))
     weights = facts.weight_bytes
-    check_room(facts.name, facts.dtype, weights, device)
+    check_weights_fit(facts, device)
     room = Room(facts.shape, device, still_to_load=weights, weight_bytes=weights, probe=probe)
     rows, lines = [], []
     for case in make_cases(config.specs, settings, room):

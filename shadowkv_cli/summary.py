@@ -27,7 +27,6 @@ from shadowkv_cli.stats import (
 AVERAGE = "average"
 FULL = "full"
 
-
 COUNTING_METRICS = frozenset({"string_match_all", "shadowkv_multi_number", "shadowkv_multi_words"})
 """Metrics whose score is the share of a sample's references that were found."""
 

@@ -13,7 +13,11 @@ import torch
 from shadowkv_cli import host_memory
 from shadowkv_cli.bench import cases, memory
 from shadowkv_cli.config import ModelShape
-from shadowkv_cli.run_config import BenchSettings
+from shadowkv_cli.errors import UsageError
+from shadowkv_cli.model import weights_fit
+from shadowkv_cli.model.facts import ModelFacts, model_facts
+from shadowkv_cli.model.loading import load_model
+from shadowkv_cli.run_config import BenchSettings, ModelChoice
 
 GB = 10**9
 
@@ -99,13 +103,12 @@ def test_weights_that_do_not_fit_are_refused_before_any_is_read(
     from transformers import AutoModelForCausalLM
 
     from shadowkv_cli.cli import run
-    from shadowkv_cli.model import room
 
     def read(*_: object, **__: object) -> None:
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", read)
-    monkeypatch.setattr(room, "available_host_bytes", lambda: 10**7)
+    monkeypatch.setattr(weights_fit, "available_host_bytes", lambda: 10**7)
     given = command.format(data=ruler_folder).split()
     output = [] if "--plan" in given else ["--output", str(tmp_path / "run")]
     assert run([*given, "--device", "cpu", *output]) == 2
@@ -115,43 +118,46 @@ def test_weights_that_do_not_fit_are_refused_before_any_is_read(
     assert not (tmp_path / "run").exists()
 
 
+def facts_of(name: str, weight_bytes: int, dtype: str = "bfloat16", **more) -> ModelFacts:
+    return ModelFacts(
+        name, dtype, 10, 10, ModelShape(2, 2, 2, 64, 2), 9999, weight_bytes, 128, **more
+    )
+
+
 def test_weights_in_fewer_bits_or_with_code_of_their_own_are_not_judged(
     tiny_model_folder: Path, monkeypatch
 ) -> None:
-    from shadowkv_cli.errors import UsageError
-    from shadowkv_cli.model import room
-    from shadowkv_cli.run_config import ModelChoice
-
-    monkeypatch.setattr(room, "available_host_bytes", lambda: 1000)
-    choice = ModelChoice(str(tiny_model_folder), "float32", "cpu")
+    monkeypatch.setattr(weights_fit, "available_host_bytes", lambda: 1000)
     cpu = torch.device("cpu")
-    room.check_room("demo", "float32", 900, cpu)
+    weights_fit.check_weights_fit(facts_of("demo", 900), cpu)
+    weights_fit.check_weights_fit(facts_of("demo", 10**15, is_quantised=True), cpu)
+    choice = ModelChoice(str(tiny_model_folder), "float32", "cpu")
     with pytest.raises(UsageError, match=r"take .* MB in float32, 1.0 kB of the host's memory"):
-        room.check_weights_fit(choice, torch.float32, cpu)
-    room.check_weights_fit(replace(choice, trust_remote_code=True), torch.float32, cpu)
+        load_model(choice)
+    assert load_model(replace(choice, trust_remote_code=True)).weight_bytes > 1000
+
+
+def test_a_checkpoint_in_fewer_bits_is_known_by_its_configuration(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
     config = json.loads((tiny_model_folder / "config.json").read_text())
-    assert "quantization_config" not in config
-    facts = room.model_facts(choice, torch.float32)
-    monkeypatch.setattr(room, "model_facts", lambda *_: replace(facts, is_quantised=True))
-    room.check_weights_fit(choice, torch.float32, cpu)
+    for more, found in (({}, False), ({"quantization_config": {"quant_method": "awq"}}, True)):
+        (tmp_path / "config.json").write_text(json.dumps(config | more))
+        facts = model_facts(ModelChoice(str(tmp_path), "float32", "cpu"), torch.float32)
+        assert facts.is_quantised == found
 
 
 def test_a_system_that_tells_no_memory_refuses_no_weights(monkeypatch) -> None:
-    from shadowkv_cli.model import room
-
-    monkeypatch.setattr(room, "available_host_bytes", lambda: 0)
-    room.check_room("demo", "float32", 10**15, torch.device("cpu"))
+    monkeypatch.setattr(weights_fit, "available_host_bytes", lambda: 0)
+    weights_fit.check_weights_fit(facts_of("demo", 10**15), torch.device("cpu"))
 
 
 def test_random_weights_of_a_gpu_take_no_host_memory(monkeypatch) -> None:
-    from shadowkv_cli.errors import UsageError
-    from shadowkv_cli.model import room
-
-    monkeypatch.setattr(room, "available_host_bytes", lambda: 1000)
+    monkeypatch.setattr(weights_fit, "available_host_bytes", lambda: 1000)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * GB, 80 * GB))
-    gpu = torch.device("cuda:0")
-    room.check_room("shape:llama-3.1-8b", "bfloat16", 16 * GB, gpu)
+    gpu, shape = torch.device("cuda:0"), "shape:llama-3.1-8b"
+    weights_fit.check_weights_fit(facts_of(shape, 16 * GB), gpu)
     with pytest.raises(UsageError, match=r"16.0 GB in bfloat16, 1.0 kB of the host's memory"):
-        room.check_room("some/model", "bfloat16", 16 * GB, gpu)
+        weights_fit.check_weights_fit(facts_of("some/model", 16 * GB), gpu)
     with pytest.raises(UsageError, match=r"32.0 GB in float32, 20.0 GB on cuda:0 are free"):
-        room.check_room("shape:llama-3.1-8b", "float32", 32 * GB, gpu)
+        weights_fit.check_weights_fit(facts_of(shape, 32 * GB, "float32"), gpu)

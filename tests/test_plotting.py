@@ -519,3 +519,15 @@ def test_an_output_that_is_a_file_is_refused(sweep, tmp_path, place):
     with pytest.raises(UsageError, match=r"file' is a file: choose another --output\."):
         draw_plots([sweep], tmp_path / place, ["batch"], dpi=50)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_full_attention_decoded_in_a_methods_place_is_no_point_of_it(tmp_path):
+    rows = list(rounds(CELLS[:2], (1, 2)))
+    for [row] in rows:
+        row["dense_fallback"] = row["method"] != "full" and row["batch_size"] == 1
+    run = write_run(tmp_path / "b", "bench", (), rows)
+    draw_plots([run], tmp_path / "plots", ["batch"])
+    drawn = {
+        (r["method"], int(r["batch_size"])) for r in read_csv(tmp_path / "plots" / "batch.csv")
+    }
+    assert drawn == {("full", 1), ("full", 2), ("shadowkv", 2)}

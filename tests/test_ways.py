@@ -295,5 +295,7 @@ def test_fewer_parts_than_were_asked_for_are_told(capsys) -> None:
     assert not capsys.readouterr().err
     cells(2, lanes=(4,))
     assert capsys.readouterr().err.count("fewer lanes or micro-batches than were asked for") == 2
+    cells(0, lanes=(4,))
+    assert not capsys.readouterr().err, "a batch of none is refused in a line of its own"
     cells(2, micro_batches=(3,))
     assert capsys.readouterr().err.count("fewer lanes or micro-batches than were asked for") == 2

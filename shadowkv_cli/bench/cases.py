@@ -142,7 +142,8 @@ def _ways(case: Case, settings: BenchSettings, *, is_first: bool) -> list[Case]:
         asked = [way for way in asked if sum(map(operator.ne, way, asked[0])) <= 1]
         asked = asked if is_first else asked[:1]
     found = {way: (*_parts(spec, case.batch_size, way[0], way[1]), way[2]) for way in asked}
-    if any(way[0] != parts[0] or way[1] not in (None, parts[1]) for way, parts in found.items()):
+    fewer = any(way[0] != own[0] or way[1] not in (None, own[1]) for way, own in found.items())
+    if fewer and case.batch_size:  # none fits: refused in a line of its own
         notice(
             f"{case.cell}: parts of a batch of {case.batch_size} have a sequence each at least, so "
             "there are fewer lanes or micro-batches than were asked for."

@@ -18,11 +18,12 @@ from shadowkv_cli.catalogue.shapes import shape_named
 from shadowkv_cli.config import MethodSpec, ModelShape, ShadowKVSpec
 from shadowkv_cli.errors import ShadowKVError, UsageError
 from shadowkv_cli.model.exact_attention import check_installed
+from shadowkv_cli.model.facts import model_facts
 from shadowkv_cli.model.fused import Fused, join_projections
 from shadowkv_cli.model.loading_errors import explained
-from shadowkv_cli.model.room import check_weights_fit
 from shadowkv_cli.model.rotary import attention_modules, head_dim, is_interleaved
 from shadowkv_cli.model.suitability import probe_keys
+from shadowkv_cli.model.weights_fit import check_weights_fit
 from shadowkv_cli.ops import compiled
 from shadowkv_cli.run_config import ModelChoice
 
@@ -212,7 +213,8 @@ def load_model(choice: ModelChoice) -> LoadedModel:
     check_installed(choice.backend, where)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    check_weights_fit(choice, precision, where)
+    if not choice.trust_remote_code:  # what its own code would hold is not known
+        check_weights_fit(model_facts(choice, precision), where)
     model: Any
     shape = shape_named(name)
     if shape is not None:

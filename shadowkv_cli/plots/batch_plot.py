@@ -18,10 +18,10 @@ MAX_CELLS = 7
 
 
 def _measured(series: Series) -> list[ThroughputRecord]:
-    """One record per cell, length and batch size; a size measured under two rules counts once."""
+    """One record per tested cell, length and batch size; one under two rules counts once."""
     found: dict[tuple[str, int, int], ThroughputRecord] = {}
     for record in series.throughput:
-        if record.tokens_per_s:
+        if record.tokens_per_s and record.tested:
             key = (record.cell, record.context_length, record.batch_size)
             found.setdefault(key, record)
     return sorted(found.values(), key=lambda r: r.batch_size)
